@@ -7,7 +7,9 @@ floating tensor with memory behind it, and :func:`accepts` once per tensor type.
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +33,21 @@ def connect() -> None:
     _core.register_torch(torch.Tensor, torch.nn.Parameter, refuse, accepts)
     _core.use_torch_threads(str(_torch_library()))
     _core.register_passes(questions_about_the_pass())
+    if _core.cuda_built and torch.backends.cuda.is_built() and _sees_a_gpu():
+        _warn_of_cuda()
+
+
+def _sees_a_gpu() -> bool:
+    """Return whether this process may use an NVIDIA GPU; initialises nothing of CUDA, so that it can fork later."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
+        return False
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/usr/lib/wsl/lib/libcuda.so.1").exists()
+
+
+def _warn_of_cuda() -> None:
+    """Warn where the core's kernels cannot run on any GPU here: their first call would raise the same."""
+    if trouble := _core.cuda_trouble():
+        warnings.warn(trouble, RuntimeWarning, stacklevel=4)  # the line that imports lipcore
 
 
 # ---- tensors that are refused

@@ -72,6 +72,9 @@ PYBIND11_MODULE(_core, m) {
   bind_single_batch(m);
   m.attr("cuda_built") = cuda_built();
   m.def("cuda_device_count", &cuda_device_count);
+  m.def("cuda_versions", &cuda_versions);
+  m.def("cuda_trouble", &cuda_trouble);
+  m.def("cuda_trouble_on", &cuda_trouble_on, py::arg("device"));
   m.def(
       "cuda_multiplies_16_bit",
       [](int device) {

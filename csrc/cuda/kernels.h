@@ -77,6 +77,9 @@ struct WeightNorms {
 // Whether this build's kernels use them on the current device.
 bool has_tensor_cores();
 
+// Whether this build has kernels that the current device can run.
+Status find_kernels();
+
 // How many float64 of scratch memory the call needs.
 int64_t weight_norms_scratch(const WeightNorms& norms);
 Status weight_norms(const WeightNorms& norms, double* out, double* scratch, void* stream);

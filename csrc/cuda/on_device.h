@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/driver.h"
 #include "cuda/kernels.h"
 #include "python/tensor_view.h"
 
@@ -32,9 +33,10 @@ class OnDevice {
   bool check(cudaError_t error, const char* doing) const {
     if (error == cudaSuccess) return true;
     cudaGetLastError();  // reported here: the next one who asks must not find it
-    if (!PyErr_Occurred())
-      PyErr_Format(PyExc_RuntimeError, "%s: failed while %s on cuda:%d: %s (%s)", operation_, doing, device_,
-                   cudaGetErrorString(error), cudaGetErrorName(error));
+    if (PyErr_Occurred()) return false;
+    const std::string reason = reason_of(error, device_);
+    PyErr_Format(PyExc_RuntimeError, "%s: failed while %s on cuda:%d: %s (%s)%s%s", operation_, doing, device_,
+                 cudaGetErrorString(error), cudaGetErrorName(error), reason.empty() ? "" : ". ", reason.c_str());
     return false;
   }
   bool check(Status status) const { return check(static_cast<cudaError_t>(status.code), status.doing); }

@@ -11,15 +11,24 @@ Status launch_mma_of(const WeightWork& work, double* partials, void* stream) {
                         : launch_tiles<MmaProduct<E, 64>>(work, partials, stream);
 }
 
+// CUDA asks the device for its code of this kernel.
+cudaError_t ask_for_a_kernel(cudaFuncAttributes* attributes) {
+  const cudaError_t error = cudaFuncGetAttributes(attributes, &gram_tiles<MmaProduct<Bfloat16, 64>, true>);
+  if (error != cudaSuccess) cudaGetLastError();  // reported here: the next one who asks must not find it
+  return error;
+}
+
 }  // namespace
 
+// Without any kernel the launch that follows will say it.
 bool has_tensor_cores() {
   cudaFuncAttributes attributes{};
-  if (cudaFuncGetAttributes(&attributes, &gram_tiles<MmaProduct<Bfloat16, 64>, true>) != cudaSuccess) {
-    cudaGetLastError();  // the launch that follows will say it
-    return false;
-  }
-  return attributes.ptxVersion >= kMmaPtx;
+  return ask_for_a_kernel(&attributes) == cudaSuccess && attributes.ptxVersion >= kMmaPtx;
+}
+
+Status find_kernels() {
+  cudaFuncAttributes attributes{};
+  return {static_cast<int>(ask_for_a_kernel(&attributes)), "looking for its kernels"};
 }
 
 Status launch_mma_tiles(const WeightWork& work, double* partials, void* stream) {

@@ -3,6 +3,7 @@
 #include "python/tensor_view.h"
 
 #if defined(LIPCORE_WITH_CUDA)
+#include "cuda/driver.h"
 #include "cuda/launch.h"
 #endif
 
@@ -12,6 +13,9 @@ namespace lipcore {
 bool cuda_built() { return true; }
 int cuda_device_count() { return cuda::device_count(); }
 bool cuda_multiplies_16_bit(int device, bool* does) { return cuda::multiplies_16_bit({dlpack::kCUDA, device}, does); }
+std::string cuda_versions() { return cuda::versions(); }
+std::string cuda_trouble() { return cuda::driver_trouble(); }
+std::string cuda_trouble_on(int device) { return cuda::device_trouble(device); }
 #else
 bool cuda_built() { return false; }
 int cuda_device_count() { return 0; }
@@ -19,6 +23,9 @@ bool cuda_multiplies_16_bit(int, bool* does) {
   *does = false;
   return true;
 }
+std::string cuda_versions() { return "not built"; }
+std::string cuda_trouble() { return ""; }
+std::string cuda_trouble_on(int) { return ""; }
 #endif
 
 bool refuse_device(const char* name) {

@@ -46,7 +46,10 @@ def findings() -> dict[str, str]:
 def _cuda() -> str:
     if not _core.cuda_built:
         return "not built (LIPCORE_CUDA=ON builds them)"
-    return f"built; {_core.cuda_device_count()} devices, torch sees {torch.cuda.device_count()}"
+    devices = _core.cuda_device_count()
+    found = f"{_core.cuda_versions()}; {devices} devices, torch sees {torch.cuda.device_count()}"
+    troubles = [_core.cuda_trouble()] if devices == 0 else [_core.cuda_trouble_on(device) for device in range(devices)]
+    return ". ".join([found, *filter(None, troubles)])
 
 
 def _extra(libraries: tuple[str, ...]) -> str:

@@ -24,11 +24,26 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "findings": (ctypes.c_int64, ()),
     "finding": (ctypes.c_char_p, (ctypes.c_int64,)),
     "clear_findings": (None, ()),
-    "allocate": (ctypes.c_void_p, (ctypes.c_int64,)),
+    "allocate": (ctypes.c_void_p, (ctypes.c_int64, ctypes.c_int)),
+    "record_use": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)),
     "free": (None, (ctypes.c_void_p,)),
-    "is_device": (ctypes.c_int, (ctypes.c_void_p,)),
+    "device_of": (ctypes.c_int, (ctypes.c_void_p,)),
+    "device": (ctypes.c_int, ()),
+    "set_device": (None, (ctypes.c_int,)),
+    "make_stream": (ctypes.c_void_p, (ctypes.c_int,)),
+    "current_stream": (ctypes.c_void_p, (ctypes.c_int,)),
+    "set_stream": (None, (ctypes.c_int, ctypes.c_void_p)),
+    "record": (ctypes.c_int64, (ctypes.c_void_p, ctypes.c_int)),
+    "wait": (None, (ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)),
+    "await_event": (None, (ctypes.c_int64,)),
+    "synchronize_stream": (None, (ctypes.c_void_p, ctypes.c_int)),
+    "synchronize_device": (None, (ctypes.c_int,)),
+    "set_capability_of": (None, (ctypes.c_int, ctypes.c_int)),
     "set_capability": (None, (ctypes.c_int,)),
     "capability": (ctypes.c_int, ()),
+    "set_oldest": (None, (ctypes.c_int,)),
+    "set_versions": (None, (ctypes.c_int, ctypes.c_int)),
+    "questions": (ctypes.c_int64, ()),
     "set_order": (None, (ctypes.c_int, ctypes.c_uint64)),
     "set_deferred": (None, (ctypes.c_int,)),
     "synchronize": (None, ()),
@@ -41,6 +56,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "driver_allocations": (ctypes.c_int64, ()),
     "empty_cache": (None, ()),
 }
+DEVICES = 2
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 
 
@@ -62,10 +78,15 @@ class Emulator:
         raise AttributeError(name)
 
     def begin_test(self) -> None:
-        """Set what a GPU does: launches come later, blocks and threads in no order."""
+        """Set what a GPU does: launches come later, blocks and threads in no order. The first device is current."""
+        self.set_device(0)
+        for device in range(DEVICES):
+            self.set_stream(device, None)
         self.set_deferred(1)
         self.set_order(ORDERS["shuffled"], 1)
         self.set_capability(90)
+        self.set_oldest(0)
+        self.set_versions(13000, 13000)
 
     def take_findings(self) -> list[str]:
         """Return what was found since the last call, in words."""

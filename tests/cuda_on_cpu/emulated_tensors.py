@@ -1,4 +1,4 @@
-"""Modes in which tensors in emulated device memory say that they are on cuda:0, and torch's functions keep them there.
+"""Modes in which tensors in emulated device memory say that they are on a GPU, and torch's functions keep them there.
 
 torch itself computes on the CPU memory that it is. So the same tests, written for a GPU, run on either.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from emulated_core import emulator
-from emulated_memory import CUDA, on_device, placed
+from emulated_memory import HOST, device_of, on_device, placed
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 _GETTERS: dict[Any, Callable[[Tensor], Any]] = {
     Tensor.is_cuda.__get__: on_device,
     Tensor.is_cpu.__get__: lambda tensor: tensor.is_cpu and not on_device(tensor),
-    Tensor.device.__get__: lambda tensor: CUDA if on_device(tensor) else tensor.device,
-    Tensor.get_device: lambda tensor: 0 if on_device(tensor) else tensor.get_device(),
+    Tensor.device.__get__: lambda tensor: (
+        tensor.device if (index := device_of(tensor)) == HOST else torch.device("cuda", index)
+    ),
+    Tensor.get_device: device_of,
 }
 _READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "equal", "allclose"}
 _MOVES = {"to", "cuda", "cpu"}
@@ -53,6 +55,19 @@ def tensors_in(*values: Any) -> list[Tensor]:
     return found
 
 
+def catch_up(device: int) -> None:
+    """Let the current stream of a device do what torch's operation, which comes after it, may read."""
+    emulator.synchronize_stream(emulator.current_stream(device), device)
+
+
+def index_of(device: Any) -> int:
+    """Return the index of a device that has a name or a number; without an index it is the current one."""
+    named = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if named.type != "cuda":
+        return HOST
+    return emulator.device() if named.index is None else named.index
+
+
 def _is_device(value: Any) -> bool:
     return isinstance(value, torch.device) or (isinstance(value, str) and value.split(":")[0] in ("cpu", "cuda"))
 
@@ -62,23 +77,25 @@ class ResultsStay(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = tensors_in(args, kwargs)
-        if not any(map(on_device, inputs)):
+        devices = [device for device in map(device_of, inputs) if device != HOST]
+        if not devices:
             return function(*args, **(kwargs or {}))
-        emulator.synchronize()
+        for device in {*devices}:
+            catch_up(device)
         known = {id(tensor) for tensor in inputs}
-        return _there(function(*args, **(kwargs or {})), known)
+        return _there(function(*args, **(kwargs or {})), known, devices[0])
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # its wrapper costs as much as all that is done here
 
 
-def _there(result: Any, known: set[int]) -> Any:
+def _there(result: Any, known: set[int], device: int) -> Any:
     """Return what a function has returned, with copies on the device of all that is new and not there."""
     if isinstance(result, Tensor):
-        return result if id(result) in known or on_device(result) else placed(result)
+        return result if id(result) in known or on_device(result) else placed(result, device)
     if isinstance(result, (list, tuple)):
-        return type(result)(_there(part, known) for part in result)
+        return type(result)(_there(part, known, device) for part in result)
     return result
 
 
@@ -119,29 +136,41 @@ class EmulatedTensors(TorchFunctionMode):
         if name in _QUESTIONS:
             return function(*args, **kwargs)
         tensors = tensors_in(args, kwargs)
-        there = [on_device(tensor) for tensor in tensors]
-        waits = name in _READS and any(there)
+        there = [device_of(tensor) for tensor in tensors]
+        devices = {device for device in there if device != HOST}
+        _refuse_two_devices(name, args)
+        waits = name in _READS and bool(devices)
         asynchronous = kwargs.get("non_blocking", False)
         args, kwargs, device = _without_device(name, args, kwargs)
-        to_device = device if device is not None else any(there)
+        to_device = device if device is not None else next((one for one in there if one != HOST), HOST)
         waits = waits or (not asynchronous and _crosses(name, args, there, to_device))
-        if waits or any(there):
-            self._look(name, waits)
+        if waits or devices:
+            self._look(name, waits, devices)
         if name == "to" and device is None:
             to_device = there[-1]
         run = _Run(function, args, kwargs, tensors, to_device)
-        if self.record is None or not (to_device or any(there)):
+        if self.record is None or not (to_device != HOST or devices):
             return run()
         return run.recorded(name, self.record)
 
-    def _look(self, name: str, waits: bool) -> None:
-        """Let the device catch up: torch's operation comes after what was launched before it."""
+    def _look(self, name: str, waits: bool, devices: set[int]) -> None:
+        """Let the devices catch up: torch's operation comes after what was launched on its stream before it."""
         if waits:
             if self.refuse_reads:
                 raise RuntimeError(f"called a synchronizing operation: {name} between the host and the emulated device")
             self.reads += 1
         if self.record is None:
-            emulator.synchronize()
+            for device in devices:
+                catch_up(device)
+
+
+def _refuse_two_devices(name: str, args: Any) -> None:
+    """Raise torch's error for an operation on tensors of two devices; those of lists are worked on one by one."""
+    found = {device_of(value) for value in args if isinstance(value, Tensor)} - {HOST}
+    if len(found) > 1 and name != "copy_" and name not in _MOVES:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found two in {name}: cuda:0 and cuda:1!"
+        )
 
 
 def _bmm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
@@ -151,13 +180,13 @@ def _bmm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
     return torch.bmm(a.float(), b.float())
 
 
-def _crosses(name: str, args: Any, there: list[bool], to_device: bool) -> bool:
+def _crosses(name: str, args: Any, there: list[int], to_device: int) -> bool:
     """Return whether a call copies from pageable host memory to the device or back, for which torch waits."""
     if name in ("tensor", "as_tensor", "from_numpy"):
-        return to_device and not any(there)
+        return to_device != HOST and not any(device != HOST for device in there)
     if name in _MOVES or name == "copy_":
-        return len({*there, to_device}) > 1
-    if name in ("__getitem__", "__setitem__") and any(there):
+        return len({*there, to_device}) > 1 and HOST in (*there, to_device)
+    if name in ("__getitem__", "__setitem__") and any(device != HOST for device in there):
         return _has_indices_on_the_host(args[1])
     return False
 
@@ -168,22 +197,25 @@ def _has_indices_on_the_host(index: Any) -> bool:
     return isinstance(index, list) or (isinstance(index, Tensor) and index.dim() > 0 and not on_device(index))
 
 
-def _without_device(name: str, args: Any, kwargs: Any) -> tuple[Any, Any, bool | None]:
-    """Return the arguments with the CPU for every device, and whether they name the emulated one (None: none)."""
-    if name in ("cuda", "cpu"):
-        return args[:1], {}, name == "cuda"
+def _without_device(name: str, args: Any, kwargs: Any) -> tuple[Any, Any, int | None]:
+    """Return the arguments with the CPU for every device, and which device they name: HOST for it, None for none."""
+    if name == "cpu":
+        return args[:1], {}, HOST
+    if name == "cuda":
+        named = args[1] if len(args) > 1 else kwargs.get("device")
+        return args[:1], {}, emulator.device() if named is None else index_of(named)
     named = [v for v in (*args, *kwargs.values()) if _is_device(v)]
     if not named:
         return args, kwargs, None
     args = tuple(torch.device("cpu") if _is_device(v) else v for v in args)
     kwargs = {k: torch.device("cpu") if _is_device(v) else v for k, v in kwargs.items()}
-    return args, kwargs, torch.device(named[0]).type == "cuda"
+    return args, kwargs, index_of(named[0])
 
 
 class _Run:
     """One call of torch, whose results end on the emulated device or off it."""
 
-    def __init__(self, function: Any, args: Any, kwargs: Any, tensors: list[Tensor], to_device: bool) -> None:
+    def __init__(self, function: Any, args: Any, kwargs: Any, tensors: list[Tensor], to_device: int) -> None:
         self._function, self._args, self._kwargs = function, args, kwargs
         self._inputs, self._to_device = {id(tensor) for tensor in tensors}, to_device
         self._moves = getattr(function, "__name__", "") in _MOVES
@@ -195,18 +227,18 @@ class _Run:
         if self._moves:
             return self._moved(result)
         for tensor in tensors_in(result):
-            if self._to_device and id(tensor) not in self._inputs and not on_device(tensor):
-                tensor.data = placed(tensor)
+            if self._to_device != HOST and id(tensor) not in self._inputs and not on_device(tensor):
+                tensor.data = placed(tensor, self._to_device)
         return result
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        if on_device(tensor) == self._to_device:
+        if device_of(tensor) == self._to_device:
             return tensor
         if id(tensor) in self._inputs or on_device(tensor):
             with _disable_current_modes():
                 tensor = tensor.clone()
-        if self._to_device:
-            tensor.data = placed(tensor)
+        if self._to_device != HOST:
+            tensor.data = placed(tensor, self._to_device)
         return tensor
 
     def recorded(self, name: str, record: Callable[[Callable[[], Any]], None]) -> Any:

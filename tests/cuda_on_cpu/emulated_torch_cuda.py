@@ -1,4 +1,4 @@
-"""What tests and lipcore ask of ``torch.cuda``, for the emulated device: one stream, events, graphs."""
+"""What tests and lipcore ask of ``torch.cuda``, for the emulated devices: streams, events, graphs."""
 
 from __future__ import annotations
 
@@ -7,66 +7,115 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from emulated_core import emulator
-from emulated_memory import CUDA
-from emulated_tensors import EmulatedTensors
+from emulated_core import DEVICES, emulator
+from emulated_tensors import EmulatedTensors, index_of
 
 
 class Stream:
-    """The one stream there is: what is on another one comes in the order of the program."""
+    """A stream of a device: what is queued on it runs in its order, when somebody waits for it.
 
-    def __init__(self, mode: EmulatedTensors) -> None:
-        self._mode, self._reads = mode, 0
-        self.device, self.cuda_stream = CUDA, 0
+    torch's own operations run at once, after all that was queued before them on their stream.
+    """
+
+    mode: EmulatedTensors
+    _by_handle: dict[tuple[int, int | None], Stream] = {}  # noqa: RUF012
+
+    def __init__(self, device: Any = None, priority: int = 0) -> None:
+        index = index_of("cuda" if device is None else device)
+        self._set(index, emulator.make_stream(index))
+
+    def _set(self, index: int, handle: int | None) -> Stream:
+        self.device, self._index, self._handle = torch.device("cuda", index), index, handle
+        self._reads = self.mode.reads
         self.recorded: list[int] = []  #: addresses of tensors that were used on this stream
+        self._by_handle[index, handle] = self
+        return self
+
+    @classmethod
+    def current(cls, device: Any = None) -> Stream:
+        """Return the stream that is current on a device."""
+        index = index_of("cuda" if device is None else device)
+        return cls._of(index, emulator.current_stream(index))
+
+    @classmethod
+    def default(cls, device: Any = None) -> Stream:
+        """Return a device's default stream."""
+        return cls._of(index_of("cuda" if device is None else device), None)
+
+    @classmethod
+    def _of(cls, index: int, handle: int | None) -> Stream:
+        return cls._by_handle.get((index, handle)) or cls.__new__(cls)._set(index, handle)
+
+    @property
+    def cuda_stream(self) -> int:
+        """The runtime's handle."""
+        return self._handle or 0
 
     @property
     def reads(self) -> int:
-        """How often the host has waited for the device to read what is there."""
-        return self._mode.reads
+        """How often the host has waited for a device to read what is there."""
+        return self.mode.reads
 
-    def wait_stream(self, other: Any) -> None:
-        """Do nothing."""
+    def make_current(self) -> None:
+        """Queue what comes on this stream, with its device the current one."""
+        emulator.set_device(self._index)
+        emulator.set_stream(self._index, self._handle)
 
-    wait_event = wait_stream
+    def wait_stream(self, other: Stream) -> None:
+        self.wait_event(other.record_event())
 
-    def record_event(self, event: Any = None) -> Event:
-        return event or Event()
+    def wait_event(self, event: Event) -> None:
+        event.wait(self)
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def record_use(self, tensor: torch.Tensor) -> None:
+        """Keep a tensor's memory, once it is free, for what is queued here."""
+        self.recorded.append(tensor.data_ptr())
+        emulator.record_use(tensor.untyped_storage().data_ptr(), self._handle, self._index)
 
     def sleep(self, cycles: int) -> None:
         """Be busy until somebody reads."""
-        self._reads = self._mode.reads
+        self._reads = self.mode.reads
 
     def query(self) -> bool:
-        return self._mode.reads > self._reads
+        return self.mode.reads > self._reads
 
     def synchronize(self) -> None:
-        self._mode.reads += 1
-        emulator.synchronize()
+        self.mode.reads += 1
+        emulator.synchronize_stream(self._handle, self._index)
 
 
 class Event:
-    """A point in the stream."""
+    """A point in a stream. One that was not recorded has passed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        self._number: int | None = None
 
-    def record(self, stream: Any = None) -> None:
-        """Do nothing: there is one stream."""
+    def record(self, stream: Stream | None = None) -> None:
+        stream = stream or Stream.current()
+        self._number = emulator.record(stream._handle, stream._index)
 
-    def wait(self, stream: Any = None) -> None:
-        """Do nothing: there is one stream."""
+    def wait(self, stream: Stream | None = None) -> None:
+        stream = stream or Stream.current()
+        if self._number is not None:
+            emulator.wait(stream._handle, stream._index, self._number)
 
     def query(self) -> bool:
-        emulator.synchronize()
+        """Return True: the device is as fast as can be when it is asked."""
+        self.synchronize()
         return True
 
     def synchronize(self) -> None:
-        emulator.synchronize()
+        if self._number is not None:
+            emulator.await_event(self._number)
 
 
 class CUDAGraph:
-    """Kernels and torch's operations in the order they were captured in."""
+    """Kernels and torch's operations in the order they were captured in, on a stream of its own."""
 
     def __init__(self) -> None:
         self._work: list[Callable[[], Any]] = []
@@ -81,13 +130,14 @@ class CUDAGraph:
             self._work.append(operation)
             emulator.begin_capture()
 
-        emulator.begin_capture()
-        mode.record = record
-        try:
-            yield
-        finally:
-            mode.record = None
-            cut()
+        with _on_stream(Stream()):
+            emulator.begin_capture()
+            mode.record = record
+            try:
+                yield
+            finally:
+                mode.record = None
+                cut()
 
     def replay(self) -> None:
         with torch._C.DisableTorchFunction(), torch.no_grad():
@@ -95,21 +145,54 @@ class CUDAGraph:
                 work()
 
 
+@contextlib.contextmanager
+def _on_device(device: Any) -> Iterator[None]:
+    before = emulator.device()
+    if device is not None:
+        emulator.set_device(index_of(device))
+    try:
+        yield
+    finally:
+        emulator.set_device(before)
+
+
+@contextlib.contextmanager
+def _on_stream(stream: Stream | None) -> Iterator[None]:
+    if stream is None:
+        yield
+        return
+    with _on_device(stream.device):
+        before = Stream.current()
+        stream.make_current()
+        try:
+            yield
+        finally:
+            before.make_current()
+
+
 def stand_in(mode: EmulatedTensors) -> None:
     """Put these in ``torch.cuda``'s place, for the rest of the process."""
-    stream = Stream(mode)
+    Stream.mode = mode
 
     def set_sync_debug_mode(debug_mode: str) -> None:
         mode.refuse_reads = debug_mode == "error"
 
+    def synchronize(device: Any = None) -> None:
+        mode.reads += 1
+        emulator.synchronize_device(index_of("cuda" if device is None else device))
+
     replacements = {
         "is_initialized": lambda: True,
-        "current_device": lambda: 0,
-        "device_count": lambda: 1,
-        "synchronize": lambda device=None: stream.synchronize(),
-        "current_stream": lambda device=None: stream,
-        "Stream": lambda device=None: stream,
-        "stream": lambda stream: contextlib.nullcontext(),
+        "current_device": emulator.device,
+        "set_device": lambda device: emulator.set_device(index_of(device)),
+        "device": _on_device,
+        "device_count": lambda: DEVICES,
+        "synchronize": synchronize,
+        "current_stream": Stream.current,
+        "default_stream": Stream.default,
+        "set_stream": lambda stream: stream.make_current(),
+        "Stream": Stream,
+        "stream": _on_stream,
         "Event": Event,
         "CUDAGraph": CUDAGraph,
         "graph": contextlib.contextmanager(lambda graph: graph.capture(mode)),
@@ -124,13 +207,13 @@ def stand_in(mode: EmulatedTensors) -> None:
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "set_sync_debug_mode": set_sync_debug_mode,
-        "_sleep": stream.sleep,
+        "_sleep": lambda cycles: Stream.current().sleep(cycles),
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
 
     def record_stream(tensor: torch.Tensor, stream: Stream) -> None:
-        stream.recorded.append(tensor.data_ptr())
+        stream.record_use(tensor)
 
     torch.Tensor.record_stream = record_stream  # type: ignore[assignment, method-assign]
 

@@ -5,6 +5,7 @@
 #include <cub/block/block_reduce.cuh>
 
 #include "cuda/mma.cuh"
+#include "emulator/control.h"
 
 namespace {
 
@@ -165,5 +166,6 @@ extern "C" int emulator_run_specimen(int number, double* x, int64_t count) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(specimen.blocks);
   config.blockDim = dim3(specimen.threads);
+  config.stream = static_cast<cudaStream_t>(emulator_current_stream(emulator_device()));
   return cudaLaunchKernelEx(&config, specimen.kernel, x, count);
 }

@@ -161,6 +161,102 @@ def test_a_captured_launch_runs_at_every_replay(x: Tensor) -> None:
     assert x[-1] == 2 * (5 + 1)
 
 
+# ---- streams
+
+
+def test_what_a_stream_does_not_wait_for_has_not_happened(x: Tensor) -> None:
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run("lanes", x)
+        event = side.record_event()
+        run("result_of_all", x)
+    assert not x.any()
+    torch.cuda.current_stream().wait_event(event)
+    assert x[0] != 0
+    assert x[0] != THREADS  # what was queued behind the event
+    torch.cuda.current_stream().wait_stream(side)
+    assert x[0] == THREADS
+
+
+def test_what_is_queued_waits_for_other_streams_too(x: Tensor) -> None:
+    """A wait takes its place in the queue, for kernels as for torch."""
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(first):
+        run("result_of_all", x)
+    second.wait_stream(first)
+    with torch.cuda.stream(second):
+        run("lanes", x)
+    before = emulator.launches()
+    second.synchronize()
+    assert emulator.launches() == before + 2
+    assert x[0] not in (0, THREADS)
+
+
+@pytest.mark.skipif(MODE != "plain", reason="the sanitizer ends the process instead")
+@pytest.mark.parametrize("recorded", [False, True])
+def test_memory_that_another_stream_uses_is_to_be_recorded(recorded: bool) -> None:
+    x = torch.zeros(THREADS, dtype=torch.float64, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run("lanes", x)
+    if recorded:
+        x.record_stream(side)
+    del x
+    torch.cuda.current_stream().synchronize()
+    found = emulator.take_findings()
+    assert bool(found) == (not recorded), found
+    assert all("lanes touched an address in no device memory" in text for text in found)
+
+
+# ---- devices
+
+
+@pytest.mark.skipif(MODE != "plain", reason="the sanitizers' memory has no guards")
+def test_a_kernel_reaches_no_memory_of_another_device() -> None:
+    x = torch.zeros(THREADS, dtype=torch.float64, device="cuda:1")
+    run("lanes", x)
+    (found,) = emulator.take_findings()
+    assert re.fullmatch(
+        r"lanes touched an address \d+ bytes from the start of 512 bytes of device memory of cuda:1", found
+    )
+    with torch.cuda.device(1):
+        run("lanes", x)
+    torch.cuda.synchronize(1)
+    assert x[0] != 0
+
+
+def test_devices_do_not_wait_for_each_other() -> None:
+    x = torch.zeros(THREADS, dtype=torch.float64, device="cuda:1")
+    with torch.cuda.device(1):
+        run("lanes", x)
+    before = emulator.launches()
+    torch.cuda.synchronize(0)
+    assert emulator.launches() == before
+    torch.cuda.synchronize(1)
+    assert emulator.launches() == before + 1
+
+
+def test_a_kernel_needs_a_stream_of_the_current_device(x: Tensor) -> None:
+    elsewhere = torch.cuda.Stream("cuda:1")
+    emulator.set_stream(0, elsewhere.cuda_stream)
+    assert run("lanes", x) == 400  # cudaErrorInvalidResourceHandle
+    emulator.set_stream(0, None)
+
+
+def test_tensors_of_two_devices_do_not_mix(x: Tensor) -> None:
+    y = x.to("cuda:1")
+    assert (x.device.index, y.device.index, y.get_device()) == (0, 1, 1)
+    assert (y + 1).device == torch.zeros_like(y).device == torch.device("cuda", 1)
+    with torch.cuda.device(1):
+        assert torch.zeros(3, device="cuda").device.index == torch.zeros(3).cuda().device.index == 1
+    with pytest.raises(RuntimeError, match="on the same device"):
+        x + y
+    y.add_(2)
+    x.copy_(y)
+    assert x.device.index == 0
+    assert (x == 2).all()
+
+
 # ---- the tensors
 
 

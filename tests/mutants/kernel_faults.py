@@ -57,6 +57,8 @@ _TOKEN_TESTS = "functional/test_embedding_norms.py"
 _TOKENS = (f"{_TOKEN_TESTS}::test_packed_documents_on_cuda", f"{_TOKEN_TESTS}::test_sizes_on_cuda")
 _STATS = ("functional/test_tensor_stats.py::test_on_cuda",)
 _RACES_OF_STATS = ("functional/test_tensor_stats.py::test_many_tensors_on_cuda",)
+_STREAMS = ("project/test_cuda_streams.py::test_an_operation_on_a_stream_beside_the_default_one",)
+_VERSIONS = "project/test_cuda_versions.py"
 
 KERNEL_MUTANTS = (
     # ---- row norms
@@ -710,8 +712,8 @@ KERNEL_MUTANTS = (
     KernelMutant(
         "tensor cores are taken for everywhere",
         "csrc/cuda/weight_norms_mma.cu",
-        "return attributes.ptxVersion >= kMmaPtx;",
-        "return attributes.ptxVersion > 0;",
+        "&& attributes.ptxVersion >= kMmaPtx;",
+        "&& attributes.ptxVersion > 0;",
         (f"{_LINEAR_TESTS}::test_16_bit_on_cuda",),
     ),
     KernelMutant(
@@ -1274,6 +1276,56 @@ KERNEL_MUTANTS = (
         "for (int distance = 16; distance; distance /= 2) {\n    double others",
         "for (int distance = 8; distance; distance /= 2) {\n    double others",
         _LEDGER,
+    ),
+    # ---- devices and streams
+    KernelMutant(
+        "the device of the tensors is not made current",
+        "csrc/cuda/on_device.h",
+        "if (now != device_) {",
+        "if (now < 0) {",
+        _STREAMS,
+    ),
+    KernelMutant(
+        "the device of the tensors stays current",
+        "csrc/cuda/on_device.h",
+        "if (before_ >= 0 && cudaSetDevice",
+        "if (before_ > 0 && cudaSetDevice",
+        _STREAMS,
+    ),
+    KernelMutant(
+        "everything is launched on the default stream",
+        "csrc/cuda/on_device.h",
+        "return current_stream(device, &stream_);",
+        "return true;",
+        _STREAMS,
+    ),
+    KernelMutant(
+        "scratch memory is that of the first device",
+        "csrc/cuda/torch_memory.cpp",
+        "dlpack::Tensor prototype{nullptr, device, 1",
+        "device.id = 0;\n  dlpack::Tensor prototype{nullptr, device, 1",
+        _STREAMS,
+    ),
+    KernelMutant(
+        "a toolkit that is newer within its major version is refused",
+        "csrc/cuda/driver.cpp",
+        "const int toolkit = toolkit_version() / 1000, driver = driver_version() / 1000;",
+        "const int toolkit = toolkit_version(), driver = driver_version();",
+        (f"{_VERSIONS}::test_one_of_the_same_major_version_or_later_runs_the_kernels",),
+    ),
+    KernelMutant(
+        "an old driver is asked for its devices at import",
+        "csrc/cuda/driver.cpp",
+        'if (driver >= toolkit) return "";',
+        'int count = 0;\n  cudaGetDeviceCount(&count);\n  if (driver >= toolkit) return "";',
+        (f"{_VERSIONS}::test_an_old_one_is_said_at_import",),
+    ),
+    KernelMutant(
+        "a device without code has no words of its own",
+        "csrc/cuda/driver.cpp",
+        "    case cudaErrorNoKernelImageForDevice:\n",
+        "",
+        (f"{_VERSIONS}::test_a_device_that_no_kernel_was_compiled_for_is_said_at_its_first_use",),
     ),
     # ---- the launch code
     KernelMutant(

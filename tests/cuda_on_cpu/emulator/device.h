@@ -56,6 +56,7 @@ struct Site {
   int line;
 };
 
+constexpr int kDevices = 2;
 constexpr int kWarp = 32;
 constexpr int kMostThreads = 1024;  // of a block
 constexpr int kMostBytes = 96;      // that a lane hands to a collective
@@ -70,8 +71,12 @@ void finding(const char* format, ...) __attribute__((format(printf, 1, 2)));
 // name.
 std::string name_of_kernel(const void* kernel);
 
-// Of the device, major * 10 + minor; kernels are taken for compiled for it.
+// Of the device that runs a kernel, else of the current one, major * 10 + minor; kernels are taken for compiled for it
+// where it is no older than a test has said.
 int capability();
+
+// Whether the driver is new enough and there is code for the device; a cudaError_t.
+int find_code();
 
 void check_aligned(const void* pointer, size_t bytes, const char* what);
 
@@ -79,7 +84,9 @@ struct Launch {
   const void* kernel;  // the function; name_of_kernel() makes words of it
   dim3 grid, block;
   size_t dynamic_shared;
+  void* stream;                  // null: the current device's default one
   std::function<void()> thread;  // one thread's body; owns a copy of the parameters
+  int device = 0;                // set by submit()
 };
 
 // Runs it, or keeps it for later: stream.cpp. Returns a cudaError_t.

@@ -1,5 +1,5 @@
-// Makes tensors whose memory lies on the emulated device look like cuda:0 to lipcore's core: a DLPack exchange table in
-// front of torch's own. All other tensors stay what they are.
+// Makes tensors whose memory lies on an emulated device look like cuda:0 or cuda:1 to lipcore's core: a DLPack exchange
+// table in front of torch's own. All other tensors stay what they are.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -13,7 +13,6 @@ using namespace lipcore::dlpack;
 
 const ExchangeApi* g_torch = nullptr;
 ExchangeApi g_table;
-constexpr Device kEmulated{kCUDA, 0};
 
 // DLPack gives a tensor without elements no address; its storage has one.
 const void* address_of(PyObject* object, const Tensor& tensor) {
@@ -30,7 +29,8 @@ const void* address_of(PyObject* object, const Tensor& tensor) {
 int from_py_object(void* object, Tensor* out) {
   const int code = g_torch->tensor_from_py_object_no_sync(object, out);
   if (code != 0 || out->device.type != kCPU) return code;
-  if (emulator_is_device(address_of(static_cast<PyObject*>(object), *out))) out->device = kEmulated;
+  const int device = emulator_device_of(address_of(static_cast<PyObject*>(object), *out));
+  if (device >= 0) out->device = {kCUDA, device};
   return code;
 }
 
@@ -50,14 +50,14 @@ int allocate(Tensor* prototype, ManagedTensor** out, void* context,
   made->tensor = *prototype;
   made->tensor.shape = new int64_t[2]{count, 1};
   made->tensor.strides = made->tensor.shape + 1;
-  made->tensor.data = emulator_allocate(count * prototype->dtype.bits / 8);
+  made->tensor.data = emulator_allocate(count * prototype->dtype.bits / 8, prototype->device.id);
   *out = made;
   return 0;
 }
 
 int current_stream(int32_t type, int32_t id, void** out) {
   if (type != kCUDA) return g_torch->current_work_stream(type, id, out);
-  *out = nullptr;
+  *out = emulator_current_stream(id);
   return 0;
 }
 

@@ -11,6 +11,7 @@
 #include "emulator/block.h"
 #include "emulator/control.h"
 #include "emulator/faults.h"
+#include "emulator/memory.h"
 #include "emulator/races.h"
 #include "emulator/shared_memory.h"
 
@@ -110,7 +111,9 @@ int run_grid(const Launch& launch) {
   const auto threads = in_order<int>(static_cast<int64_t>(blockDim.x) * blockDim.y * blockDim.z, &random);
   races::release(&g_begin);
   bool ended = false;
+  take_from_others(launch.device);
   const bool survived = survives([&] { ended = run_blocks(launch, blocks, threads); });
+  give_back_to_others(launch.device);
   races::acquire(&g_end);
   g_launch = nullptr;
   g_block = nullptr;

@@ -10,6 +10,7 @@
 
 #include "emulator/control.h"
 #include "emulator/device.h"
+#include "emulator/grid.h"
 
 namespace emulator {
 namespace {
@@ -25,11 +26,13 @@ struct Allocation {
   size_t bytes;
   char* map;  // the first guard page
   size_t map_bytes;
+  int device;
 };
 
 std::mutex g_mutex;
 int64_t g_allocations = 0, g_driver_allocations = 0;
-std::multiset<size_t> g_kept;                       // sizes of what torch's allocator would have at hand
+int64_t g_on_device[kDevices];                      // how many allocations
+std::multiset<size_t> g_kept[kDevices];             // sizes of what torch's allocator would have at hand
 std::map<const char*, Allocation>& allocations() {  // by begin
   static auto* const all = new std::map<const char*, Allocation>;
   return *all;
@@ -40,9 +43,10 @@ std::map<const char*, Allocation>& allocations() {  // by begin
 Allocation make(size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, kAlign, bytes) != 0) std::abort();
-  return {static_cast<char*>(memory), bytes, static_cast<char*>(memory), bytes};
+  return {static_cast<char*>(memory), bytes, static_cast<char*>(memory), bytes, 0};
 }
 void unmake(const Allocation& allocation) { std::free(allocation.begin); }
+void protect(const Allocation&, int) {}
 #else
 Allocation make(size_t bytes) {
   const size_t body = (bytes + kPage - 1) / kPage * kPage, all = body + 2 * kPage;
@@ -52,7 +56,7 @@ Allocation make(size_t bytes) {
   mprotect(map, kPage, PROT_NONE);
   mprotect(map + kPage + body, kPage, PROT_NONE);
   std::memset(map + kPage, kBeside, body);
-  return {map + kPage + (body - bytes) / kAlign * kAlign, bytes, map, all};
+  return {map + kPage + (body - bytes) / kAlign * kAlign, bytes, map, all, 0};
 }
 void unmake(const Allocation& allocation) {
   const char* first = allocation.map + kPage;
@@ -66,7 +70,17 @@ void unmake(const Allocation& allocation) {
     }
   munmap(allocation.map, allocation.map_bytes);
 }
+void protect(const Allocation& allocation, int access) {
+  mprotect(allocation.map + kPage, allocation.map_bytes - 2 * kPage, access);
+}
 #endif
+
+void protect_from(int device, int access) {
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  if (g_on_device[device] == static_cast<int64_t>(allocations().size())) return;
+  for (const auto& [begin, allocation] : allocations())
+    if (allocation.device != device) protect(allocation, access);
+}
 
 }  // namespace
 
@@ -79,14 +93,17 @@ std::string describe_address(const void* address) {
   for (const auto& [begin, allocation] : allocations())
     if (at >= allocation.map && at < allocation.map + allocation.map_bytes)
       return std::to_string(at - begin) + " bytes from the start of " + std::to_string(allocation.bytes) +
-             " bytes of device memory";
+             " bytes of device memory" +
+             (current_launch() && current_launch()->device != allocation.device
+                  ? " of cuda:" + std::to_string(allocation.device)
+                  : "");
   return "in no device memory";
 }
 
 void keep_for_the_next(const void* begin) {
   const std::lock_guard<std::mutex> lock(g_mutex);
   const auto found = allocations().find(static_cast<const char*>(begin));
-  if (found != allocations().end()) g_kept.insert(block_of(found->second.bytes));
+  if (found != allocations().end()) g_kept[found->second.device].insert(block_of(found->second.bytes));
 }
 
 void release_memory(void* begin) {
@@ -94,37 +111,43 @@ void release_memory(void* begin) {
   const auto found = allocations().find(static_cast<char*>(begin));
   if (found == allocations().end()) return finding("device memory that is not allocated was freed");
   unmake(found->second);
+  --g_on_device[found->second.device];
   allocations().erase(found);
 }
+
+void* allocate_memory(int64_t bytes, int device) {
+  Allocation made = make(static_cast<size_t>(bytes > 0 ? bytes : 1));
+  made.device = device;
+  std::memset(made.begin, kUnwritten, made.bytes);
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  allocations()[made.begin] = made;
+  ++g_allocations;
+  ++g_on_device[device];
+  const auto kept = g_kept[device].find(block_of(made.bytes));
+  if (kept != g_kept[device].end())
+    g_kept[device].erase(kept);
+  else
+    ++g_driver_allocations;
+  return made.begin;
+}
+
+void take_from_others(int device) { protect_from(device, PROT_NONE); }
+void give_back_to_others(int device) { protect_from(device, PROT_READ | PROT_WRITE); }
 
 }  // namespace emulator
 
 int64_t emulator_allocations() { return emulator::g_allocations; }
 void emulator_empty_cache() {
   const std::lock_guard<std::mutex> lock(emulator::g_mutex);
-  emulator::g_kept.clear();
+  for (auto& kept : emulator::g_kept) kept.clear();
 }
 int64_t emulator_driver_allocations() { return emulator::g_driver_allocations; }
 
-void* emulator_allocate(int64_t bytes) {
-  const emulator::Allocation made = emulator::make(static_cast<size_t>(bytes > 0 ? bytes : 1));
-  std::memset(made.begin, emulator::kUnwritten, made.bytes);
-  const std::lock_guard<std::mutex> lock(emulator::g_mutex);
-  emulator::allocations()[made.begin] = made;
-  ++emulator::g_allocations;
-  const auto kept = emulator::g_kept.find(emulator::block_of(made.bytes));
-  if (kept != emulator::g_kept.end())
-    emulator::g_kept.erase(kept);
-  else
-    ++emulator::g_driver_allocations;
-  return made.begin;
-}
-
-int emulator_is_device(const void* pointer) {
+int emulator_device_of(const void* pointer) {
   const auto* at = static_cast<const char*>(pointer);
   const std::lock_guard<std::mutex> lock(emulator::g_mutex);
   auto after = emulator::allocations().upper_bound(at);
-  if (after == emulator::allocations().begin()) return 0;
+  if (after == emulator::allocations().begin()) return -1;
   const emulator::Allocation& before = (--after)->second;
-  return at < before.begin + before.bytes;
+  return at < before.begin + before.bytes ? before.device : -1;
 }

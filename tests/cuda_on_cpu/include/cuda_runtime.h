@@ -118,5 +118,5 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   std::tuple<std::decay_t<Parameters>...> copy(std::forward<Arguments>(arguments)...);
   return static_cast<cudaError_t>(
       emulator::submit({reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
-                        config->dynamicSmemBytes, [kernel, copy] { std::apply(kernel, copy); }}));
+                        config->dynamicSmemBytes, config->stream, [kernel, copy] { std::apply(kernel, copy); }}));
 }
