@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import platform
 import sqlite3
+from collections.abc import Mapping
 from importlib import metadata
 
 import numpy as np
@@ -40,7 +41,8 @@ def findings() -> dict[str, str]:
         "torch's threads": f"{torch.get_num_threads()}; lipcore uses {_core.pool_size()} of them",
         "CUDA kernels": _cuda(),
     }
-    return found | {f"extra {name}": _extra(libraries) for name, libraries in EXTRAS.items()}
+    owners = metadata.packages_distributions()  # reads every distribution there is
+    return found | {f"extra {name}": _extra(libraries, owners) for name, libraries in EXTRAS.items()}
 
 
 def _cuda() -> str:
@@ -52,13 +54,8 @@ def _cuda() -> str:
     return ". ".join([found, *filter(None, troubles)])
 
 
-def _extra(libraries: tuple[str, ...]) -> str:
+def _extra(libraries: tuple[str, ...], owners: Mapping[str, list[str]]) -> str:
     missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     if missing:
         return f"no: {', '.join(missing)} missing"
-    return ", ".join(f"{name} {_version(name)}" for name in libraries)
-
-
-def _version(name: str) -> str:
-    owners = metadata.packages_distributions().get(name, [name])
-    return metadata.version(owners[0])
+    return ", ".join(f"{name} {metadata.version(owners.get(name, [name])[0])}" for name in libraries)
