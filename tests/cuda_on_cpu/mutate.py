@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+import forked
+
 from build import ROOT, build, ordinary_build
 
 sys.path.insert(0, str(ROOT / "tests" / "mutants"))
@@ -46,22 +48,17 @@ class Copy:
             module = build(mode, self._tree, self._objects, self._build)
         except RuntimeError as error:
             raise Unjudged(str(error)) from None
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
-        try:
-            done = subprocess.run(
-                [*command, *(f"tests/{test}" for test in tests)],
-                cwd=ROOT,
-                env=os.environ | {"LIPCORE_CUDA_ON_CPU": str(module)} | sanitizer(mode),
-                capture_output=True,
-                text=True,
-                timeout=_LONGEST,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return True
-        if done.returncode not in (0, 1, 66):  # 66: a sanitizer's
-            raise Unjudged(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-        return done.returncode != 0
+        arguments = ["-x", "-q", "-p", "no:cacheprovider", "-m", "gpu", *(f"tests/{test}" for test in tests)]
+        variables = {"LIPCORE_CUDA_ON_CPU": str(module)}
+        output = self._build / "pytest.txt"
+        if mode == "plain":
+            status = forked.run(arguments, ROOT, variables, output, _LONGEST)
+        else:
+            status = _with_sanitizer(mode, arguments, variables, output)
+        # A signal: the fault has ended the process.
+        if status is not None and status >= 0 and status not in (0, 1, 66):  # 66: a sanitizer's
+            raise Unjudged(f"pytest ended with {status}:\n{output.read_text()[-4000:]}")
+        return status != 0
 
     def sees(self, mutant: KernelMutant) -> bool:
         """Return whether its tests fail with the fault in place."""
@@ -74,15 +71,22 @@ class Copy:
             file.write_text(good)
 
 
-def sanitizer(mode: str) -> dict[str, str]:
-    """Return the environment that a mode needs: Python is not instrumented, so the library has to be loaded before."""
-    if mode == "plain":
-        return {}
+def _with_sanitizer(mode: str, arguments: list[str], variables: dict[str, str], output: Path) -> int | None:
+    """Run pytest beside a sanitizer's library. Python is not instrumented, so that has to be loaded before: no fork."""
     names = [f"lib{mode}.so", "libstdc++.so"]
     compiler = os.environ.get("CXX", "c++")
     paths = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in names]
     options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": f"suppressions={ROOT / 'tests' / 'tsan.supp'}"}
-    return {"LD_PRELOAD": " ".join(paths), **options}
+    environment = os.environ | variables | {"LD_PRELOAD": " ".join(paths)} | options
+    command = [sys.executable, "-m", "pytest", *arguments]
+    with output.open("w") as file:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=_LONGEST, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return None
+    return done.returncode
 
 
 def main() -> int:
