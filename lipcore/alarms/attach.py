@@ -56,10 +56,10 @@ def checked_alarms(alarms: Alarms | AlarmChoice | None, metrics: Iterable[Metric
 
 def prepare_for(alarms: Alarms | None, metrics: Iterable[Metric]) -> None:
     """Have the Trajectory, before it is bound, look for what alarms need besides norms, and a metric of single samples
-    rest until an alarm where they are to be named."""
+    rest until an alarm where they are to be named; else measure every step, whatever a Monitor before it asked for."""
     trajectory, norms = trajectory_of(metrics), norms_of(metrics)
-    if alarms is not None and alarms.per_sample is not None and norms is not None:
-        norms.on_call()
+    if norms is not None:
+        norms.on_call(alarms is not None and alarms.per_sample is not None)
     if alarms is None or trajectory is None:
         return
     trajectory.normalize()

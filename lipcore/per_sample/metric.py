@@ -115,7 +115,8 @@ class PerSampleMetric(StandaloneMetric):
         self.scores: Any = make_scores()
         self.loss_scores = SampleScores()
         self._step_listeners: list[StepListener] = []
-        self._resting = False  # nothing is recorded until wake()
+        self._on_call = False  # once it is in a Monitor, it rests until wake()
+        self._resting = False  # nothing is recorded until then
         self._layer_index = LayerIndex({})
         self._open_step = OpenStep(None, make_scores)
         self._blocks = 1
@@ -163,16 +164,22 @@ class PerSampleMetric(StandaloneMetric):
 
     def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:
         # Here and not in tapped(): before anything of it changes, and before the layers are tapped for other metrics.
-        if self._capture is not None and (self._capture.watches or self._capture.resting):
+        if self._is_taken:
             raise ValueError(
                 f"metrics: this {type(self).__name__} watches a model already (alone, or in another Monitor), and "
                 "would count every backward pass twice; close() that one first, or make a metric of its own for this "
                 "Monitor"
             )
-        self._blocks = window_blocks
+        self._blocks, self._resting = window_blocks, self._on_call
+        self._step_listeners = []  # those of a Monitor before hear no more
         self._doubts, self._unproved = Doubts(window_blocks), Unproved(window_blocks)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._unknown_scale = ""
+
+    @property
+    def _is_taken(self) -> bool:
+        """True while it watches a model, or rests beside one."""
+        return self._capture is not None and (self._capture.watches or self._capture.resting)
 
     def bind(self, model: nn.Module) -> None:
         """Bind to no parameters yet: they and the layers are found when the layers are tapped."""
@@ -180,7 +187,7 @@ class PerSampleMetric(StandaloneMetric):
 
     def needs(self) -> Needs:
         """Say that all layers are to be tapped; and of the gradients, for the noise scale."""
-        return Needs(layers=self._options, gradients=self._wants_noise and not self._stands_alone)
+        return Needs(layers=self._options, gradients=self._has_noise and not self._stands_alone)
 
     def tapped(self, layers: TappedLayers) -> None:
         """Take the tapped layers, and start anew where they are others than before."""
@@ -206,7 +213,7 @@ class PerSampleMetric(StandaloneMetric):
             self._window, self._noise = BlockWindow(places, self._blocks), None
         sums, places = None, len(self._layers) + 1
         self._holding = Holding(self._held)
-        if self._wants_noise:
+        if self._has_noise:
             self._noise = self._noise or NoiseScale(places)
             sums = NoiseSums(self._layer_index, layers.coverage.parameters)
             numbers = [self._layer_index.number[layer] for layer in self._layer_index.layer_of.values()]
@@ -233,10 +240,17 @@ class PerSampleMetric(StandaloneMetric):
 
     # ---- at rest, until something asks for numbers
 
-    def on_call(self) -> None:
-        """Be one that rests until :meth:`wake`; called before bind(). It has no noise scale: windows of ranks of which
-        some rest have no steps in common."""
-        self._wants_noise, self._resting = False, True
+    def on_call(self, called: bool) -> None:
+        """Be one that rests until :meth:`wake`, or one that does not; called before prepare(), which refuses one that
+        is taken: that stays what it is."""
+        if not self._is_taken:
+            self._on_call = called
+
+    @property
+    def _has_noise(self) -> bool:
+        """True where it estimates the noise scale; not on call, since windows of ranks of which some rest have no
+        steps in common."""
+        return self._wants_noise and not self._on_call
 
     @property
     def rests(self) -> bool:

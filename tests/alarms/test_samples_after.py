@@ -161,6 +161,35 @@ def test_numbers_at_rest_say_why_there_are_none() -> None:
     assert not window["per_sample_grad_norm"].norm["total"].mean.valid
 
 
+def step_with(monitor: lipcore.Monitor, training: Training, ids: list[int]) -> None:
+    monitor.log_batch(ids, epoch=0)
+    training.model(torch.randn(len(ids), 3)).square().mean().backward()
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("end", ["rests", "measures", "loads a state"])
+def test_a_metric_that_has_rested_measures_every_step_in_a_monitor_without_alarms(end: str) -> None:
+    training, alarms = Training(), Alarms(signals=["loss"], per_sample=ON)
+    metrics = [lipcore.Trajectory(), training.norms]
+    with lipcore.Monitor(training.model, training.optimizer, metrics, alarms=alarms) as monitor:
+        step_with(monitor, training, [1, 2] if end == "rests" else [1, 1])
+        assert bool(training.model[0]._forward_hooks) is (end != "rests")
+    assert not training.model[0]._forward_hooks
+    if end == "loads a state":
+        monitor.load_state_dict(monitor.state_dict())
+    with lipcore.Monitor(training.model, training.optimizer, [training.norms], window_steps=3) as monitor:
+        assert "its hooks are off" not in str(monitor.plan())
+        for step in range(3):
+            step_with(monitor, training, [2 * step, 2 * step + 1])
+    result = monitor.history[0]["per_sample_grad_norm"]
+    assert result.norm["total"].mean.count == 6
+    assert result.noise_scale["total"].mean.count == 3
+    assert len(training.norms.scores) == 6
+    assert alarms._samples_after is not None
+    assert not alarms._samples_after._found  # those of the first Monitor keep nothing of the second's steps
+
+
 def test_a_checkpoint_ends_it() -> None:
     training = Training()
     alarms = Alarms(signals=["loss"], per_sample=50)
