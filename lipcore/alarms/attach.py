@@ -56,15 +56,13 @@ def checked_alarms(alarms: Alarms | AlarmChoice | None, metrics: Iterable[Metric
 
 def prepare_for(alarms: Alarms | None, metrics: Iterable[Metric]) -> None:
     """Have the Trajectory, before it is bound, look for what alarms need besides norms, and a metric of single samples
-    rest until an alarm where they are to be named; else measure every step, whatever a Monitor before it asked for."""
+    rest until an alarm where they are to be named. Either does so no more where these alarms do not ask for it, since
+    another Monitor may have asked that could not be made, or is closed."""
     trajectory, norms = trajectory_of(metrics), norms_of(metrics)
     if norms is not None:
         norms.on_call(alarms is not None and alarms.per_sample is not None)
-    if alarms is None or trajectory is None:
-        return
-    trajectory.normalize()
-    if SIGNAL in alarms.signals:
-        trajectory.explain()
+    if trajectory is not None:
+        trajectory.look_for(movement=alarms is not None and SIGNAL in alarms.signals, normalized=alarms is not None)
 
 
 def trajectory_of(metrics: Iterable[Metric]) -> Trajectory | None:

@@ -190,6 +190,37 @@ def test_a_metric_that_has_rested_measures_every_step_in_a_monitor_without_alarm
     assert not alarms._samples_after._found  # those of the first Monitor keep nothing of the second's steps
 
 
+def test_a_monitor_that_cannot_be_made_leaves_nothing_at_rest() -> None:
+    training, trajectory = Training(), lipcore.Trajectory()
+    metrics = [trajectory, training.norms]
+    alarms = Alarms(signals=["loss", "unexplained_movement"], per_sample=ON)
+    with pytest.raises(ValueError, match="window_steps"):
+        lipcore.Monitor(training.model, training.optimizer, metrics, alarms=alarms, window_steps=0)
+    with lipcore.Monitor(training.model, training.optimizer, metrics, window_steps=2) as monitor:
+        assert "its hooks are off" not in str(monitor.plan())
+        assert not trajectory.checks_movement
+        for step in range(2):
+            step_with(monitor, training, [2 * step, 2 * step + 1])
+    assert len(training.norms.scores) == 4
+    assert monitor.history[0]["per_sample_grad_norm"].noise_scale["total"].mean.count == 2
+
+
+def test_a_monitor_that_refuses_what_another_watches_changes_nothing_there() -> None:
+    training, trajectory = Training(), lipcore.Trajectory()
+    metrics = [trajectory, training.norms]
+    with lipcore.Monitor(training.model, training.optimizer, metrics, window_steps=2) as monitor:
+        for refused in (metrics, metrics[::-1]):
+            alarms = Alarms(signals=["loss", "unexplained_movement"], per_sample=ON)
+            with pytest.raises((RuntimeError, ValueError), match="a model already"):
+                lipcore.Monitor(training.model, training.optimizer, refused, alarms=alarms)
+        monitor.rebind()
+        assert not trajectory.checks_movement
+        for step in range(2):
+            step_with(monitor, training, [2 * step, 2 * step + 1])
+    assert len(training.norms.scores) == 4
+    assert monitor.history[0]["per_sample_grad_norm"].noise_scale["total"].mean.count == 2
+
+
 def test_a_checkpoint_ends_it() -> None:
     training = Training()
     alarms = Alarms(signals=["loss"], per_sample=50)
