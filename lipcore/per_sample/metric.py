@@ -253,6 +253,26 @@ class PerSampleMetric(StandaloneMetric):
         return self._wants_noise and not self._on_call
 
     @property
+    def _lacks_noise(self) -> bool:
+        """True where it was to have one, and is on call."""
+        return self._wants_noise and self._on_call
+
+    @property
+    def _unlike_noise(self) -> str:
+        """What to say of another one where only one of the two has a noise scale, and what to do."""
+        if self._noise is not None:
+            return (
+                "has none, since it was made with noise_scale=False or under Alarms(per_sample=...), and this metric "
+                "has a noise scale; pass noise_scale=False, or such Alarms, here too"
+            )
+        if self._lacks_noise:
+            return (
+                "has a noise scale, and this metric has none under Alarms(per_sample=...); make the Monitor with "
+                "Alarms that have no per_sample="
+            )
+        return "has a noise scale, and this metric has none; make it without noise_scale=False"
+
+    @property
     def rests(self) -> bool:
         """True while nothing is recorded, until :meth:`wake`."""
         return self._resting
@@ -595,6 +615,7 @@ class PerSampleMetric(StandaloneMetric):
         every = f" in every {self._every}th step" if self._every > 1 else ""
         proofs = f"; {self._capture.proofs}" if self._capture is not None else ""
         proofs = f"; {_RESTS}{proofs}" if self._resting else proofs
+        proofs += "; it has no noise scale, since it is on after alarms alone" * self._lacks_noise
         lines = [PlanLine("all", f"{self._reduction}{every}{proofs}", 2048 * (len(self._layers) + 1) * self._columns)]
         lines += self._own_plan()
         if self._capture is None:
@@ -728,7 +749,7 @@ class PerSampleMetric(StandaloneMetric):
         scores = self._make_scores()
         noise = state.get("noise")
         if not isinstance(noise, dict) or bool(noise) != (self._noise is not None):
-            raise ValueError("noise: the state was made with the other setting of noise_scale=")
+            raise ValueError(f"noise: the state {self._unlike_noise}")
         shared = checked_shared(state.get("shared"), len(self._layers) + 1)
         with under_key("scores"):
             scores.load_state_dict(state.get("scores"))  # type: ignore[arg-type]
@@ -794,7 +815,7 @@ class PerSampleMetric(StandaloneMetric):
         if other._columns != self._columns:
             raise ValueError(f"other: it has {other._columns} distributions per layer, this one {self._columns}")
         if (other._noise is None) != (self._noise is None):
-            raise ValueError("other: it was made with the other setting of noise_scale=")
+            raise ValueError(f"other: it {self._unlike_noise}")
         if self._noise is not None and other._noise is not None:
             self._noise.merge(other._noise)
             self._unproved.merge(other._noise)

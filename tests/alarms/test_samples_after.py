@@ -221,6 +221,30 @@ def test_a_monitor_that_refuses_what_another_watches_changes_nothing_there() -> 
     assert monitor.history[0]["per_sample_grad_norm"].noise_scale["total"].mean.count == 2
 
 
+def test_that_there_is_no_noise_scale_then_is_said() -> None:
+    training = Training()
+
+    def monitor(alarms: Alarms | None, **options: Any) -> lipcore.Monitor:
+        norms = lipcore.PerSampleGradNorms(loss_reduction="mean", **options)
+        return lipcore.Monitor(training.model, training.optimizer, [lipcore.Trajectory(), norms], alarms=alarms)
+
+    said = "has no noise scale, since it is on after alarms alone"
+    with monitor(None) as plain, monitor(Alarms(per_sample=2)) as on_call, monitor(None, noise_scale=False) as without:
+        assert said in str(on_call.plan())
+        assert said not in str(plain.plan())
+        assert said not in str(without.plan())
+        with pytest.raises(ValueError, match=r"noise: the state has a noise scale, and .* Alarms\(per_sample=\.\.\.\)"):
+            on_call.load_state_dict(plain.state_dict())
+        with pytest.raises(ValueError, match=r"noise: the state has a noise scale, and .* noise_scale=False"):
+            without.load_state_dict(plain.state_dict())
+        with pytest.raises(ValueError, match=r"noise: the state has none, .* pass noise_scale=False"):
+            plain.load_state_dict(on_call.state_dict())
+        without.load_state_dict(on_call.state_dict())
+        on_call.load_state_dict(without.state_dict())
+    with monitor(Alarms(per_sample=2), noise_scale=False) as on_call:
+        assert said not in str(on_call.plan())
+
+
 def test_a_checkpoint_ends_it() -> None:
     training = Training()
     alarms = Alarms(signals=["loss"], per_sample=50)
