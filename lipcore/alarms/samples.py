@@ -45,6 +45,7 @@ class SamplesAfterAlarm:
     median: float  #: of those that are finite; NaN where there are none
     largest: tuple[SampleNorm, ...]  #: those that are not finite first; none where all are
     message: str  #: a sentence for people
+    doubt: str = ""  #: why the norms are not proved to be single samples', not of all parameters, or NaN; "" if exact
 
 
 @dataclass
@@ -54,6 +55,7 @@ class _Step:
     step: int
     ids: list[Tensor | None]
     norms: list[Tensor]
+    doubt: str
 
 
 #: Steps of the alarm, first and last that were measured, and why norms were taken back, or "".
@@ -131,10 +133,10 @@ class SamplesAfter(StepListener):
 
     # ---- of the metric
 
-    def step_samples(self, batches: Sequence[MicroBatch]) -> None:
+    def step_samples(self, batches: Sequence[MicroBatch], doubt: str) -> None:
         if batches and self._first is not None:
             norms = [batch.norms.per_sample.detach() for batch in batches]
-            self._found.append(_Step(self._step, [batch.ids for batch in batches], norms))
+            self._found.append(_Step(self._step, [batch.ids for batch in batches], norms, doubt))
 
     def samples_taken_back(self, reason: str) -> None:
         self._found, self._taken_back = [], reason
@@ -204,6 +206,8 @@ def _largest(facts: _Facts, found: Sequence[_Step], reasons: str) -> SamplesAfte
         why = why or reasons or "no step has had a recorded backward pass"
         words = f"{begin}: no gradient norms of samples in {when} ({why})"
         return SamplesAfterAlarm(alarm, first, last, 0, float("nan"), (), words)
+    doubt = next((one.doubt for one in found if one.doubt), "")
+    aside = f" ({doubt})" if doubt else ""
     finite = np.isfinite(values)
     at_step, at_row = np.concatenate(steps), np.concatenate(rows)
     median = float(np.median(values[finite])) if finite.any() else float("nan")
@@ -211,10 +215,10 @@ def _largest(facts: _Facts, found: Sequence[_Step], reasons: str) -> SamplesAfte
     chosen = order.tolist() if finite.any() else []
     largest = tuple(SampleNorm(int(at_step[i]), int(at_row[i]), ids[i], float(values[i])) for i in chosen)
     said: Any = [f"{one} in step {one.step} ({_size(one.norm, median)})" for one in largest]
-    what = f"the largest gradient norms of {len(values)} samples in {when}: {', '.join(said)}"
+    what = f"the largest gradient norms of {len(values)} samples in {when}{aside}: {', '.join(said)}"
     if not largest:
-        what = f"the gradient norms of all {len(values)} samples in {when} are not finite"
-    return SamplesAfterAlarm(alarm, first, last, len(values), median, largest, f"{begin}: {what}")
+        what = f"the gradient norms of all {len(values)} samples in {when} are not finite{aside}"
+    return SamplesAfterAlarm(alarm, first, last, len(values), median, largest, f"{begin}: {what}", doubt)
 
 
 def _size(norm: float, median: float) -> str:

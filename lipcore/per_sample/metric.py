@@ -259,7 +259,7 @@ class PerSampleMetric(StandaloneMetric):
 
     @property
     def _unlike_noise(self) -> str:
-        """What to say of another one where only one of the two has a noise scale, and what to do."""
+        """Words on another one, where only one of the two has a noise scale, with what to do."""
         if self._noise is not None:
             return (
                 "has none, since it was made with noise_scale=False or under Alarms(per_sample=...), and this metric "
@@ -450,8 +450,9 @@ class PerSampleMetric(StandaloneMetric):
         recorded = bool(self._open_step)
         if recorded and self._step_listeners:
             batches = self._open_step.batches()
+            doubt = self._doubt_of(batches)
             for listener in self._step_listeners:
-                listener.step_samples(batches)
+                listener.step_samples(batches, doubt)
         self._open_step.take_into(self._window.open, self.scores, self.loss_scores)
         if self._open_step.sums is not None and self._noise is not None and self._shared is not None:
             self._shared.finish(self._noise, recorded, self._steps % self._every == 0)
@@ -465,6 +466,19 @@ class PerSampleMetric(StandaloneMetric):
             self._tell_of_silence()
         if self._capture is not None and not self._resting:
             self._capture.active = self._steps % self._every == 0
+
+    def _doubt_of(self, batches: Sequence[MicroBatch]) -> str:
+        """Return why numbers of these micro-batches are not known, not proved, or not of all parameters; "" where
+        they are."""
+        records = [batch.norms.record for batch in batches]
+        missing = next(filter(None, (record.broken or record.hidden for record in records)), "")
+        unproved = self._unknown_scale or next(filter(None, (record.unproved for record in records)), "")
+        return "; ".join(filter(None, (missing, unproved and f"not proved: {unproved}", self._share_note)))
+
+    @property
+    def _share_note(self) -> str:
+        share = self._capture.coverage.share if self._capture is not None else ""
+        return f"over the covered parameters only: {share}" if share else ""
 
     def _tell_of_silence(self) -> None:
         """Warn that no step has brought a number so far, where the reasons are known."""
@@ -667,9 +681,7 @@ class PerSampleMetric(StandaloneMetric):
         result = MetricResult(self.name, dropped_samples=self._dropped)
         result.details.update(self._facts())
         doubts = self._doubts.counts()
-        share = capture.coverage.share if capture is not None else ""
-        note = f"over the covered parameters only: {share}" if share else ""
-        self._add_numbers(result, note, next(iter(doubts), ""))
+        self._add_numbers(result, self._share_note, next(iter(doubts), ""))
         if self._noise is not None:
             add_noise(result, self._layers, total_of(capture), self._noise, self._open_step.sums)
         if self._waits and self._window.unproved:

@@ -120,7 +120,7 @@ class Flight(Listener, StepListener):
         del self._given[: self._passed or None]
         self._passed = 0
 
-    def step_samples(self, batches: Sequence[MicroBatch]) -> None:
+    def step_samples(self, batches: Sequence[MicroBatch], doubt: str) -> None:
         named = [batch for batch in batches if batch.ids is not None]
         if named:  # in the place of what the loop has said of them
             self._samples[self._step] = [(b.ids, b.norms.per_sample.detach(), b.losses) for b in named]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import nn
 import lipcore
 from lipcore.alarms import AlarmEvent, Alarms, Snapshot
 from lipcore.alarms.samples import SamplesAfter
+from lipcore.per_sample.open_step import MicroBatch
+from lipcore.per_sample.step_listener import StepListener
 
 AT, ON = 5, 3
 
@@ -57,6 +60,17 @@ class Training:
         parameters = list(self.model.parameters())
         grads = [torch.autograd.grad(one, parameters, retain_graph=True) for one in each]
         return [float(torch.cat([g.flatten() for g in one]).norm()) / self.micro for one in grads]
+
+
+class Scaled(nn.Module):
+    """What no rule covers."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -267,15 +281,7 @@ def test_a_checkpoint_ends_it() -> None:
 
 
 def test_a_parameter_that_no_rule_covers_by_then_ends_it_and_not_the_training() -> None:
-    class Own(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(3))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return (x * self.weight).sum(1, keepdim=True)
-
-    model = nn.Sequential(nn.Linear(3, 3), Own())
+    model = nn.Sequential(nn.Linear(3, 3), Scaled(3))
     model[1].requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     norms = lipcore.PerSampleGradNorms(loss_reduction="mean", max_replay_bytes=0)
@@ -299,9 +305,7 @@ class Norms:
         self.per_sample = torch.tensor(values, dtype=torch.float64)
 
 
-def told(*steps: list[float], back: bool = False) -> Any:
-    from lipcore.per_sample.open_step import MicroBatch
-
+def told(*steps: list[float], back: bool = False, doubts: Sequence[str] = ()) -> Any:
     found: list[Any] = []
     after = SamplesAfter(len(steps), lipcore.PerSampleGradNorms(loss_reduction="mean"), found.append, found.append)
     after.hear(AlarmEvent(9, "loss", "total", 4.0, ""))
@@ -309,7 +313,8 @@ def told(*steps: list[float], back: bool = False) -> Any:
     for i, values in enumerate(steps):
         after.begin_step(11 + i)
         if values:
-            after.step_samples([MicroBatch(Norms(*values), None, None)])  # type: ignore[arg-type]
+            doubt = doubts[i] if doubts else ""
+            after.step_samples([MicroBatch(Norms(*values), None, None)], doubt)  # type: ignore[arg-type]
         if back:
             after.samples_taken_back("samples were mixed")
         after.between(11 + i, 11 + i)
@@ -327,6 +332,59 @@ def test_norms_that_are_not_finite_come_first_and_what_is_missing_is_said() -> N
         "no gradient norms of samples in step 11 (no step has had a recorded backward pass)"
     )
     assert told([1.0], back=True).message.endswith("(they were taken back: samples were mixed)")
+
+
+def test_that_some_parameters_are_not_covered_is_said_beside_the_samples() -> None:
+    training = Training()
+    torch.manual_seed(0)
+    training.model = nn.Sequential(nn.Linear(3, 4), Scaled(4), nn.Linear(4, 1))
+    training.optimizer = torch.optim.SGD(training.model.parameters(), lr=0.1)
+    training.norms = lipcore.PerSampleGradNorms(loss_reduction="mean", on_unsupported="skip", max_replay_bytes=0)
+    (found,) = training.go().samples
+    assert "over the covered parameters only: " in found.doubt
+
+
+def test_what_is_not_proved_is_said_beside_the_samples(tmp_path: Path) -> None:
+    """Also where the window closes with the last of the steps, and its doubts with it."""
+    training = Training()
+    training.norms = lipcore.PerSampleGradNorms(loss_reduction="mean", prove=False)
+    (found,) = training.go(run=tmp_path / "a", window_steps=AT + ON).samples
+    assert found.doubt == "not proved: prove=False was passed"
+    assert f"of 12 samples in steps 6 to 8 ({found.doubt}): sample 72 in step 7 (" in found.message
+    with lipcore.open_run(tmp_path / "a") as run:
+        (event,) = [event for event in run.events if event.kind == "samples after an alarm"]
+        assert event.data["doubt"] == found.doubt
+        assert found.doubt in " ".join(str(run.postmortem()).split())
+
+
+def test_the_first_doubt_of_all_steps_is_said_and_why_norms_are_nan() -> None:
+    assert told([1.0], [2.0]).doubt == ""
+    assert told([1.0], [2.0], doubts=["", "no proof"]).message.endswith(
+        "of 2 samples in steps 11 to 12 (no proof): row 0 in step 12 (2, 1.33 times the median), "
+        "row 0 in step 11 (1, 0.667 times the median)"
+    )
+    assert told([float("nan")] * 2, doubts=["no rule"]).message.endswith(
+        "the gradient norms of all 2 samples in step 11 are not finite (no rule)"
+    )
+
+
+def test_a_scale_that_nobody_knows_is_a_doubt_about_the_samples() -> None:
+    training = Training()
+    heard: list[str] = []
+
+    class Listener(StepListener):
+        def step_samples(self, batches: Sequence[MicroBatch], doubt: str) -> None:
+            heard.append(doubt)
+
+    with lipcore.Monitor(training.model, training.optimizer, [training.norms]) as monitor:
+        training.norms.listen(Listener())
+        for step in range(2):
+            training.model(torch.randn(2, 3)).square().mean().backward()
+            if step == 1:
+                training.norms.observe_unknown_scale("a scale is in them")
+            monitor.flush()
+            training.optimizer.step()
+    assert heard == ["", "not proved: a scale is in them"]
 
 
 def test_what_is_no_count_and_metrics_without_norms_are_refused() -> None:
