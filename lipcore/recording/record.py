@@ -196,7 +196,7 @@ class RunRecord:
                 _backup_from(self._connection, self.path)
 
         self._put(last, alone=True)
-        self._put(done.set, soon=True, alone=True, always=True)
+        self._put(done.set, soon=True, always=True)
         return done.wait(timeout) and not self.failed
 
     def write_excerpt(self, target: Path, timeout: float = 60.0) -> None:
@@ -212,16 +212,17 @@ class RunRecord:
             finally:
                 connection.close()
             return
-        done, errors = threading.Event(), [] if self._process == os.getpid() and not self.failed else [self.failed]
+        done = threading.Event()
+        errors: list[str] = []
 
         def write() -> None:
             try:
                 write_excerpt(self._connection, target)
             except Exception as error:  # the record itself goes on
                 errors.append(f"{type(error).__name__}: {error}")
+            done.set()
 
-        self._put(write)
-        self._put(done.set, always=True)
+        self._put(write, soon=True, always=True)
         if not done.wait(timeout) or errors:
             raise RecordError(errors[0] if errors else f"the record has not written it in {timeout:g} seconds")
 

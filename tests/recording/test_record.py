@@ -376,6 +376,21 @@ def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
     assert open_run(tmp_path / "a").last_step >= 5
 
 
+def test_an_excerpt_amid_what_is_written(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path / "a")
+    record.begin(0)
+    record.flush()
+    for first in (1, 5):
+        record.add_steps(first, {"update_norm": numbers(first, 4)}, NAMES, LEVELS)
+    (tmp_path / "b").mkdir()
+    record.write_excerpt(tmp_path / "b" / "rank0.lipcore")
+    record.add_steps(9, {"update_norm": numbers(9, 4)}, NAMES, LEVELS)
+    record.close()
+    assert not record.failed
+    assert steps_of(tmp_path / "b") == list(range(1, 9))
+    assert steps_of(tmp_path / "a") == list(range(1, 13))
+
+
 def test_arguments_of_a_record(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="record_level: expected 'group' or 'tensor', got 'all'"):
         RunRecord(tmp_path, level="all")  # type: ignore[arg-type]
