@@ -109,6 +109,55 @@ def test_a_loop_that_calls_nothing_has_it_at_the_end_of_a_step(tmp_path: Path) -
     assert torch.load(tmp_path / "step100" / "rank0.pt")["alarm"]["signal"] == "nonfinite"
 
 
+class Ends(Exception):
+    """What a loop raises."""
+
+
+def train_two(folder: Path, *, ends: bool = False, stop: bool = False) -> list[dict[str, torch.Tensor]]:
+    """Train two parts with an optimizer each; in step 3 a sample comes twice, between their steps. Return the
+    parameters by the number of steps that were made."""
+    one, other = nn.Linear(3, 1), nn.Linear(3, 1)
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (one, other)]
+    both = nn.ModuleDict({"one": one, "other": other})
+    state = lambda: {name: tensor.clone() for name, tensor in both.state_dict().items()}  # noqa: E731
+    alarms = Alarms(signals=["loss"], snapshot=Snapshot(folder, states=True), stop=stop)
+    after = [state()]
+    with lipcore.Monitor({"one": one, "other": other}, optimizers, [lipcore.Trajectory()], alarms=alarms) as monitor:
+        for step in range(1, 6):
+            for part, optimizer in zip((one, other), optimizers, strict=True):
+                part(torch.randn(4, 3)).square().mean().backward()
+                if part is other and step == 3:
+                    monitor.log_batch([1, 1], epoch=0)
+                    monitor.log(a=1.0)
+                    if ends:
+                        raise Ends
+                optimizer.step()
+                optimizer.zero_grad()
+            after.append(state())
+    return after
+
+
+def test_states_are_not_of_two_steps_where_several_optimizers_step_in_turn(tmp_path: Path) -> None:
+    after = train_two(tmp_path)
+    found = torch.load(tmp_path / "step3" / "rank0.pt", weights_only=True)
+    assert (found["step"], found["amid_step"]) == (3, False)
+    for name, tensor in after[3].items():
+        assert torch.equal(found["model"][name], tensor)
+
+
+@pytest.mark.parametrize(("given", "error"), [({"ends": True}, Ends), ({"stop": True}, AlarmStop)])
+def test_states_of_a_training_that_ends_between_two_optimizers_say_so(
+    tmp_path: Path, given: dict[str, bool], error: type[Exception]
+) -> None:
+    with (
+        pytest.warns(RuntimeWarning, match=r"alarm in step 3 are not of the end of a step: .* amid step 3"),
+        pytest.raises(error),
+    ):
+        train_two(tmp_path, **given)
+    found = torch.load(tmp_path / "step3" / "rank0.pt", weights_only=True)
+    assert (found["step"], found["amid_step"]) == (2, True)
+
+
 def test_an_alarm_shortly_after_another_has_none(tmp_path: Path) -> None:
     from lipcore.alarms import AlarmEvent
     from lipcore.recording.snapshots import Snapshots
