@@ -414,8 +414,8 @@ class Monitor(Engine):
 
     @property
     def _between_steps(self) -> bool:
-        """True while all parameters are as of the end of the last step."""
-        return self._clock.between_steps
+        """True while all parameters are as of the end of the last step that was counted."""
+        return self._clock.between_steps and self._all_counted
 
     def _write_snapshot(self) -> None:
         """Write the files of an alarm that wait for a place between two steps, outside of the forward and backward

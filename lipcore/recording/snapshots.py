@@ -72,7 +72,7 @@ class Snapshots(Listener):
         Args:
             step: how many were made.
             record: of the run, where there is one.
-            amid_step: some parameters have moved since, in the midst of the next one, in which the training has ended.
+            amid_step: some parameters have moved since, in a step that was not over, or not counted, at the end of all.
         """
         event, self._event = self._event, None
         if event is None:
@@ -88,9 +88,9 @@ class Snapshots(Listener):
             parts.append((_STATES, lambda target: self._write_states(target, step, event, amid_step=amid_step)))
             if amid_step:
                 self._warn(
-                    f"the states in the snapshot of the alarm in step {event.step} are not of the end of a step: the "
-                    f"training has ended amid step {step + 1}, in which some parameters have moved; who goes "
-                    "on from them makes a part of that step twice"
+                    f"the states in the snapshot of the alarm in step {event.step} are not of the end of step {step}: "
+                    "some parameters have moved since, in a step that was not over, or not counted, when the training "
+                    "ended; who goes on from them makes a part of it twice"
                 )
         elif record is None:
             self._warn(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +152,77 @@ def test_states_of_a_training_that_ends_between_two_optimizers_say_so(
     tmp_path: Path, given: dict[str, bool], error: type[Exception]
 ) -> None:
     with (
-        pytest.warns(RuntimeWarning, match=r"alarm in step 3 are not of the end of a step: .* amid step 3"),
+        pytest.warns(RuntimeWarning, match=r"alarm in step 3 are not of the end of step 2: some"),
         pytest.raises(error),
     ):
         train_two(tmp_path, **given)
     found = torch.load(tmp_path / "step3" / "rank0.pt", weights_only=True)
     assert (found["step"], found["amid_step"]) == (2, True)
+
+
+def same(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return all(torch.allclose(mine[name], theirs[name], 0, 0, equal_nan=True) for name in theirs)
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_an_event_in_which_the_monitor_is_called_has_the_step_of_its_states(tmp_path: Path, calls: bool) -> None:
+    model = nn.Linear(3, 1)
+    model.count = nn.Parameter(torch.zeros(()))  # of the steps
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    on_event = lambda _: monitor.log(a=1.0) if calls else None  # noqa: E731
+    alarms = Alarms(signals=["loss"], snapshot=Snapshot(tmp_path, states=True), on_event=on_event)
+    with lipcore.Monitor(model, optimizer, [lipcore.Trajectory()], alarms=alarms) as monitor:
+        for step in range(1, 12):
+            (0.1 * model(torch.randn(4, 3)).square().mean() - model.count).backward()
+            if step == 6:
+                model.bias.grad.fill_(torch.nan)
+            optimizer.step()
+            optimizer.zero_grad()
+    found = torch.load(tmp_path / "step6" / "rank0.pt", weights_only=True)
+    assert (found["step"], found["amid_step"]) == (int(found["model"]["count"]), False)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_step_that_is_counted_by_hand_is_counted_before_the_states_are_written(tmp_path: Path, stop: bool) -> None:
+    model = nn.Linear(3, 1)
+    alarms = Alarms(signals=["loss"], snapshot=Snapshot(tmp_path, states=True), stop=stop)
+    with contextlib.suppress(AlarmStop), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a loop that was stopped amid a step
+        with lipcore.Monitor(model, metrics=[lipcore.Trajectory()], alarms=alarms) as monitor:
+            for step in range(1, 5):
+                monitor.log_batch([1, 1] if step == 3 else [10 * step, 10 * step + 1], epoch=0)
+                torch.nn.init.constant_(model.weight, step)
+                monitor.step()
+    found = torch.load(tmp_path / "step3" / "rank0.pt", weights_only=True)
+    assert int(found["model"]["weight"][0, 0]) == 3
+    assert (found["step"], found["amid_step"]) == ((2, True) if stop else (3, False))
+
+
+def test_states_of_a_step_that_is_read_late_are_written_when_it_is_counted(tmp_path: Path) -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    alarms = Alarms(signals=["loss"], snapshot=Snapshot(tmp_path, states=True))
+    metrics = [lipcore.Trajectory(mode="exact")]
+    after: list[dict[str, torch.Tensor]] = [{}]
+    with (
+        pytest.warns(RuntimeWarning, match="From now on a step is read when the next backward pass begins"),
+        lipcore.Monitor(model, optimizer, metrics, alarms=alarms) as monitor,
+    ):
+        for step in range(1, 6):
+            model(torch.randn(4, 3)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                model.weight.mul_(0.9)
+            after.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            if step == 3:
+                assert monitor._step_end.late
+                monitor.log_batch([1, 1], epoch=0)
+                monitor.log(a=1.0)
+    (file,) = tmp_path.glob("*/rank0.pt")
+    found = torch.load(file, weights_only=True)
+    assert same(after[found["step"]], found["model"])
+    assert not found["amid_step"]
 
 
 def test_an_alarm_shortly_after_another_has_none(tmp_path: Path) -> None:
