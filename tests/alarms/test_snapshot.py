@@ -14,6 +14,7 @@ from torch import nn
 
 import lipcore
 from lipcore.alarms import Alarms, AlarmStop, Snapshot
+from lipcore.recording import RecordError
 
 AT = 4
 
@@ -281,6 +282,34 @@ def test_nothing_to_write_is_told() -> None:
         with pytest.warns(RuntimeWarning, match="has nothing to write: there is no record; pass run="):
             monitor.log()
     assert not Path("nowhere").exists()
+
+
+def test_the_remedy_can_be_followed_with_the_same_alarms_and_metrics(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    alarms, metrics = Alarms(signals=["loss"], snapshot=Snapshot(tmp_path / "s")), [lipcore.Trajectory()]
+    with pytest.raises(ValueError, match="pass run="):
+        lipcore.watch(model, metrics=metrics, alarms=alarms)
+    with lipcore.watch(model, metrics=metrics, alarms=alarms, run=tmp_path / "a") as monitor:
+        monitor.log_batch([1, 1], epoch=0)
+        monitor.step()
+    assert (tmp_path / "s" / "step1" / "rank0.lipcore").exists()
+
+
+def test_alarms_of_a_run_that_has_not_begun_can_go_into_another(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    model = nn.Linear(2, 1)
+    alarms = Alarms(signals=["loss"], snapshot=Snapshot(tmp_path / "s"), per_sample=2)
+    metrics = lambda: [lipcore.Trajectory(), lipcore.PerSampleGradNorms(loss_reduction="mean")]  # noqa: E731
+    with pytest.raises((OSError, RecordError, ValueError)):
+        lipcore.watch(model, metrics=metrics(), alarms=alarms, run=tmp_path / "a")
+    with lipcore.watch(model, metrics=metrics(), alarms=alarms, run=tmp_path / "b") as monitor:
+        for step in range(1, 5):
+            monitor.log_batch([1, 1] if step == 1 else [10 * step, 10 * step + 1], epoch=0)
+            model(torch.randn(2, 2)).square().mean().backward()
+            monitor.step()
+    assert len(alarms.events) == len(alarms.samples) == 1
+    with lipcore.open_run(tmp_path / "s" / "step1") as run:
+        assert len(run.events) == 1
 
 
 @pytest.mark.parametrize(
