@@ -109,6 +109,7 @@ class SamplesAfter(StepListener):
                 self._metric.wake()
             except Exception as error:
                 self._wanted = self._first = None
+                self._metric.rest()
                 self._failed(error)
         elif self._first is not None and made >= self._first + self._steps - 1:
             self._metric.rest()

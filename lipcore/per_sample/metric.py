@@ -273,6 +273,11 @@ class PerSampleMetric(StandaloneMetric):
         return "has a noise scale, and this metric has none; make it without noise_scale=False"
 
     @property
+    def warns_only(self) -> bool:  # type: ignore[override]
+        """True on call: alarms are to end no training, and what stops the metric comes to light after one alone."""
+        return self._on_call
+
+    @property
     def rests(self) -> bool:
         """True while nothing is recorded, until :meth:`wake`."""
         return self._resting

@@ -291,11 +291,64 @@ def test_a_parameter_that_no_rule_covers_by_then_ends_it_and_not_the_training() 
     monitor.metrics["trajectory"].rebind()
     monitor.log_batch([1, 1], epoch=0)
     model(torch.randn(2, 3)).mean().backward()
-    with pytest.warns(RuntimeWarning, match="lipcore stopped recording per_sample_grad_norm"):
+    with pytest.warns(RuntimeWarning, match=r"lipcore turned per_sample_grad_norm off: .*1\.weight"):
         optimizer.step()
-    with pytest.raises(ValueError, match=r"1\.weight"):
-        monitor.log()
+    monitor.log()
+    model[1].requires_grad_(False)
+    monitor.rebind()
+    assert norms.rests
+    assert not model[0]._forward_hooks
     monitor.close()
+
+
+class Mixing(nn.Module):
+    """A layer of which no row depends on its own sample alone, and whose gradient does not tell."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (1 + x.detach().mean(0))
+
+
+class Failing(nn.Module):
+    """No layer that is wrong; the test has the metric fail in another way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("layer", [Mixing, Failing])
+def test_what_stops_the_metric_is_warned_of_and_the_training_goes_on(
+    layer: type[nn.Module], alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), layer(), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    norms = lipcore.PerSampleGradNorms(loss_reduction="mean")
+    alarms = Alarms(signals=["loss"], per_sample=2)
+    metrics = [norms] if alone else [lipcore.Trajectory(), norms]
+    monitor = lipcore.Monitor(model, optimizer, metrics, alarms=alarms, window_steps=4)
+    if layer is Failing:
+
+        def fail(record: Any) -> None:
+            raise RuntimeError("no memory")
+
+        monkeypatch.setattr(norms, "observe_layers", fail)
+    with pytest.warns(RuntimeWarning, match="^lipcore turned per_sample_grad_norm off: ") as caught:
+        for step in range(1, 13):
+            monitor.log_batch([step, step] if step == AT else [2 * step, 2 * step + 1], epoch=0)
+            model(torch.randn(2, 3)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        monitor.close()
+    assert len([one for one in caught if "turned" in str(one.message)]) == 1
+    (found,) = alarms.samples
+    assert (found.alarm, found.count) == (AT, 0)
+    assert norms.off
+    assert norms.off in found.message
+    assert [window.last_step for window in monitor.history] == [4, 8, 12]
+    assert not model[0]._forward_hooks
+    lipcore.Monitor(model, optimizer, [norms]).close()
+    assert not norms.warns_only  # there it is asked for
 
 
 class Norms:
