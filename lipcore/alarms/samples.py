@@ -126,9 +126,10 @@ class SamplesAfter(StepListener):
         self._wanted = self._first = None
 
     def end(self) -> None:
-        """Tell of what there is. Waits for a device."""
+        """Tell of what there is, and look for nothing more. Waits for a device."""
         if self._first is not None and self._found:
             self._close(self._step)
+        self._wanted = self._first = None
         while self._copied:
             self._tell_of_copied()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -130,6 +132,27 @@ def test_the_end_of_the_training_tells_of_the_steps_so_far() -> None:
     training = Training()
     (found,) = training.go(steps=AT + 2).samples
     assert (found.first, found.last, found.count) == (AT + 1, AT + 2, 8)
+
+
+def test_a_metric_that_goes_on_elsewhere_keeps_nothing_of_where_it_was(tmp_path: Path) -> None:
+    """In its next Monitor it tells nobody of the one before, and holds no optimizer of that."""
+    norms = lipcore.PerSampleGradNorms(loss_reduction="mean")
+    gone: list[Any] = []
+    for name in ("a", "b", "c"):
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        alarms = Alarms(signals=["loss"], per_sample=9) if name == "a" else None
+        metrics = [lipcore.Trajectory(), norms]
+        with lipcore.watch(model, optimizer, metrics=metrics, alarms=alarms, run=tmp_path / name) as monitor:
+            for step in range(1, 4):
+                monitor.log_batch([1, 1] if step == 3 else [2 * step, 2 * step + 1], epoch=0)
+                model(torch.randn(2, 3)).square().mean().backward()
+                optimizer.step()  # the alarm of the last one is followed by none
+        gone.append(weakref.ref(optimizer))
+        del model, optimizer, metrics, monitor, alarms
+    gc.collect()
+    assert [one() for one in gone[:-1]] == [None, None]
+    assert len(norms._step_listeners) == 1
 
 
 @pytest.mark.filterwarnings("ignore:the parameters moved after")
@@ -373,6 +396,17 @@ def told(*steps: list[float], back: bool = False, doubts: Sequence[str] = ()) ->
         after.between(11 + i, 11 + i)
     (one,) = found
     return one
+
+
+def test_the_end_is_that_of_an_alarm_behind_which_no_step_came_too() -> None:
+    found: list[Any] = []
+    after = SamplesAfter(2, lipcore.PerSampleGradNorms(loss_reduction="mean"), found.append, found.append)
+    after.hear(AlarmEvent(9, "loss", "total", 4.0, ""))
+    after.between(10, 10)
+    after.end()
+    after.step_samples([MicroBatch(Norms(1.0), None, None)], "")  # type: ignore[arg-type]
+    after.end()
+    assert found == after._found == []
 
 
 def test_norms_that_are_not_finite_come_first_and_what_is_missing_is_said() -> None:
