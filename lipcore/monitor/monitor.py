@@ -377,8 +377,9 @@ class Monitor(Engine):
         trajectory = trajectory_of(self.metrics.values())
         optimizers = updating(self._optimizers)
         has_norms, logs = trajectory is not None, lambda: self._logged.begun
-        turns = 1 if trajectory is None else trajectory.movement_turns
-        given: dict[str, Any] = {"has_norms": has_norms, "meets": self._meets_ranks, "turns": turns}
+        given: dict[str, Any] = {"has_norms": has_norms, "meets": self._meets_ranks}
+        if trajectory is not None:
+            given["turns"] = lambda: trajectory.movement_turns  # others after a rebind()
         alarms._begin(optimizers, self._failures.keep, logs, **given)
         if trajectory is not None:
             trajectory.listen(alarms._norms, prompt=True)

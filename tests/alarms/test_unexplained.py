@@ -396,6 +396,25 @@ def test_in_turns_what_lasts_is_found_once_and_what_does_not_where_its_turn_is(w
 
 
 @pytest.mark.usefixtures("one_at_a_time")
+def test_turns_are_those_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a rebind() parameters may be checked more often, or more seldom, than before."""
+    run = Run("adam", **IN_TURNS["updates"])
+
+    def lasts(run: Run, step: int) -> None:
+        if step == 1:  # while nothing is found
+            monkeypatch.undo()
+            run.monitor.rebind()
+        if step >= AT:
+            run.weight.data.mul_(0.99)
+
+    ((step, message),) = [(event.step, event.message) for event in run.go(before_step=lasts, steps=20)]
+    assert step == AT
+    assert "it is checked in one step of" not in message
+    plain = copy.deepcopy(run.monitor)
+    assert [event.step for event in plain.alarms.events] == [AT]
+
+
+@pytest.mark.usefixtures("one_at_a_time")
 @pytest.mark.parametrize("optimizer", few(list(OPTIMIZERS), 1))
 @pytest.mark.parametrize("what", few(list(HARMLESS), 3))
 def test_in_turns_nothing_else_is_told(what: str, optimizer: str) -> None:
