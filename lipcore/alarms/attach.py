@@ -76,10 +76,10 @@ def norms_of(metrics: Iterable[Metric]) -> PerSampleGradNorms | None:
 
 
 class AlarmsListener(Listener):
-    """Listener by which Alarms hear of checkpoints and of the end."""
+    """Listener by which Alarms hear of checkpoints and of the end, and the Trajectory that looks for them of that."""
 
-    def __init__(self, alarms: Alarms) -> None:
-        self._alarms = alarms
+    def __init__(self, alarms: Alarms, trajectory: Trajectory | None) -> None:
+        self._alarms, self._trajectory = alarms, trajectory
 
     def state_loaded(self, step: int) -> None:
         self._alarms._go_behind(step)
@@ -89,3 +89,5 @@ class AlarmsListener(Listener):
 
     def closed(self) -> None:
         self._alarms._end()
+        if self._trajectory is not None:
+            self._trajectory.look_no_more()

@@ -388,7 +388,7 @@ class Monitor(Engine):
             if "rms_t" in alarms.signals and trajectory.why_no_rms_t:
                 self._failures.warn(f"alarms: rms_t never alarms: {trajectory.why_no_rms_t}")
         self._logged.listen(alarms._logged, prompt=True)
-        self._listeners.append(AlarmsListener(alarms))
+        self._listeners.append(AlarmsListener(alarms, trajectory))
         if alarms.snapshot is not None:
             parts = (rank(), self.model, self._optimizers, self._scaler)
             self._snapshots = Snapshots(alarms.snapshot, *parts, self._failures.warn)

@@ -581,6 +581,12 @@ class Trajectory(Metric):
         if not self._watched:
             self._wanted = replace(self._wanted, explains=movement, normalizes=normalized)
 
+    def look_no_more(self) -> None:
+        """End the look for movement, whose copies go: no step comes any more, behind a rebind() neither."""
+        self._wanted = replace(self._wanted, explains=False)
+        if self._built.unexplained is not None:
+            self._built.unexplained.end()
+
     @property
     def checks_movement(self) -> bool:
         """True where some parameter is checked for it."""

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import struct
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -447,6 +448,22 @@ def test_in_turns_with_several_optimizers_and_a_scaler_that_skips() -> None:
 def test_small_models_are_checked_in_every_step_without_lasting_copies() -> None:
     events = Run("adam", **IN_TURNS["updates"]).go(between=scale)
     assert [(event.step, event.place) for event in events] == [(AT, "blocks.0.weight")]
+
+
+def test_the_end_lets_the_copies_go() -> None:
+    run = Run("adam", **IN_TURNS["updates"])
+    check = run.monitor.metrics["trajectory"]._built.unexplained  # type: ignore[attr-defined]
+    run.model(torch.arange(4)).square().mean().backward()
+    run.optimizers[0].step()
+    state = run.monitor.state_dict()
+    copies = [weakref.ref(copy) for copy in check._copies]
+    assert len(copies) == check.checked
+    run.monitor.close()
+    assert [copy() for copy in copies] == [None] * len(copies)
+    run.monitor.load_state_dict(state)
+    run.monitor.rebind()
+    assert check._copies is None
+    assert run.monitor.metrics["trajectory"]._built.unexplained is None  # type: ignore[attr-defined]
 
 
 def test_training_stays_bit_for_bit_the_same() -> None:
