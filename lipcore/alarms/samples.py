@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lipcore.alarms.event import AlarmEvent
-from lipcore.metric.host_copy import HostCopy
+from lipcore.metric.host_copy import HostCopy, as_bits, of_bits
 from lipcore.per_sample.metric import PerSampleMetric
 from lipcore.per_sample.open_step import MicroBatch
 from lipcore.per_sample.step_listener import StepListener
@@ -156,7 +156,7 @@ class SamplesAfter(StepListener):
         if any(tensor.is_cuda for tensor in tensors):
             # Of numbers that are copied together; what is on the host already is copied from there.
             device = next(tensor.device for tensor in tensors if tensor.is_cuda)
-            bits = torch.cat([_bits(tensor).to(device, non_blocking=True) for tensor in tensors])
+            bits = torch.cat([as_bits(tensor).to(device, non_blocking=True) for tensor in tensors])
             self._copied.append((facts, found, HostCopy(bits)))
         else:
             self._tell(_largest(facts, found, self._reasons))
@@ -169,20 +169,13 @@ class SamplesAfter(StepListener):
             for own in (one.norms, one.ids):
                 for i, tensor in enumerate(own):
                     if tensor is not None:
-                        part = bits[at : at + len(tensor)]
-                        own[i] = part.view(torch.float64) if tensor.is_floating_point() else part
+                        own[i] = of_bits(bits[at : at + len(tensor)], tensor)
                         at += len(tensor)
         self._tell(_largest(facts, found, self._reasons))
 
     @property
     def _reasons(self) -> str:
-        capture = self._metric._capture
-        return self._metric.off or ("" if capture is None else "; ".join(capture.unrecorded))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Return numbers as int64, those of floating-point ones by their bits."""
-    return tensor.double().view(torch.int64) if tensor.is_floating_point() else tensor.long()
+        return self._metric.off or "; ".join(self._metric.why_unrecorded)
 
 
 def _largest(facts: _Facts, found: Sequence[_Step], reasons: str) -> SamplesAfterAlarm:

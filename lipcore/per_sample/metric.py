@@ -485,11 +485,14 @@ class PerSampleMetric(StandaloneMetric):
         share = self._capture.coverage.share if self._capture is not None else ""
         return f"over the covered parameters only: {share}" if share else ""
 
+    @property
+    def why_unrecorded(self) -> list[str]:
+        """Reasons why backward passes were not recorded, each once."""
+        return [*({} if self._capture is None else self._capture.unrecorded), *self._without_loss]
+
     def _tell_of_silence(self) -> None:
         """Warn that no step has brought a number so far, where the reasons are known."""
-        reasons = list(self._capture.unrecorded) if self._capture is not None else []
-        reasons += self._without_loss
-        if reasons:
+        if reasons := self.why_unrecorded:
             message = f"lipcore has recorded no sample for {self.name} in {_SILENT} steps: {'; '.join(reasons)}"
             self._raised = warn_in_hook(message, UserWarning) or self._raised
 

@@ -409,6 +409,21 @@ def test_the_end_is_that_of_an_alarm_behind_which_no_step_came_too() -> None:
     assert found == after._found == []
 
 
+def test_steps_whose_loss_is_not_known_say_so() -> None:
+    """Theirs is a reason of the metric's own, not of the passes."""
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    alarms = Alarms(signals=["loss"], per_sample=2)
+    metrics = [lipcore.Trajectory(), lipcore.PerSampleGradNorms(loss_reduction="auto")]
+    with lipcore.Monitor(model, optimizer, metrics, alarms=alarms) as monitor:
+        for step in range(1, 5):
+            monitor.log_batch([step, step] if step == 1 else [2 * step, 2 * step + 1], epoch=0)
+            model(torch.randn(2, 3)).square().mean().backward()
+            optimizer.step()
+    (found,) = alarms.samples
+    assert "no gradient norms of samples in steps 2 to 3 (loss_reduction='auto' reads the loss's own" in found.message
+
+
 def test_norms_that_are_not_finite_come_first_and_what_is_missing_is_said() -> None:
     one = told([1.0, float("nan"), 3.0], [float("inf"), 2.0])
     assert [(each.step, each.row) for each in one.largest] == [(11, 1), (12, 0), (11, 2), (12, 1), (11, 0)]
