@@ -648,13 +648,18 @@ class PerSampleMetric(StandaloneMetric):
         lines += [PlanLine(name, f"not covered: {why}") for name, why in self._capture.coverage.uncovered.items()]
         return PlanLines(lines)
 
+    @property
+    def unrecorded(self) -> dict[str, int]:
+        """Reasons why backward passes were not recorded, each with how many there were."""
+        return ({} if self._capture is None else dict(self._capture.unrecorded)) | self._without_loss
+
     def _facts(self) -> dict[str, Any]:
         """Return what was not recorded, not proved, taken back and not covered."""
         if self._capture is None:
             return {}
         doubts, taken_back = self._doubts.counts(), self._unproved.taken_back.counts()
         uncovered = dict(self._capture.coverage.uncovered)
-        facts: dict[str, Any] = {"unrecorded": dict(self._capture.unrecorded) | self._without_loss}
+        facts: dict[str, Any] = {"unrecorded": self.unrecorded}
         facts["proved"] = not doubts
         more = {"taken_back": taken_back, "not_proved": doubts, "not_covered": uncovered}
         return facts | {name: found for name, found in more.items() if found}
