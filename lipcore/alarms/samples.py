@@ -56,10 +56,12 @@ class _Step:
     ids: list[Tensor | None]
     norms: list[Tensor]
     doubt: str
+    taken_back: str = ""  # why
 
 
-#: Steps of the alarm, first and last that were measured, and why norms were taken back, or "".
-_Facts = tuple[int, int, int, str]
+#: Steps of the alarm, first and last that were measured, why norms of an open step were taken back, or "", and why
+#: passes were not recorded, or "".
+_Facts = tuple[int, int, int, str, str]
 
 
 class SamplesAfter(StepListener):
@@ -85,6 +87,8 @@ class SamplesAfter(StepListener):
         self._first: int | None = None  # step in which it is on
         self._step, self._taken_back = 0, ""
         self._found: list[_Step] = []
+        self._unproved: list[_Step] = []  # those since the last good proof
+        self._unrecorded: dict[str, int] = {}  # before it was switched on: passes by reason
         self._copied: deque[tuple[_Facts, list[_Step], HostCopy]] = deque()
 
     def hear(self, event: AlarmEvent) -> None:
@@ -104,7 +108,8 @@ class SamplesAfter(StepListener):
             begun: of steps whose backward passes have come; one more where the optimizer is about to step.
         """
         if self._wanted is not None and self._first is None:
-            self._first = begun + 1
+            self._first, self._taken_back = begun + 1, ""
+            self._unrecorded = self._metric.unrecorded
             try:
                 self._metric.wake()
             except Exception as error:
@@ -120,7 +125,7 @@ class SamplesAfter(StepListener):
     def forget(self) -> None:
         """Begin anew: a checkpoint was loaded."""
         self._copied.clear()
-        self._found = []
+        self._found, self._unproved = [], []
         if self._first is not None:
             self._metric.rest()
         self._wanted = self._first = None
@@ -138,10 +143,17 @@ class SamplesAfter(StepListener):
     def step_samples(self, batches: Sequence[MicroBatch], doubt: str) -> None:
         if batches and self._first is not None:
             norms = [batch.norms.per_sample.detach() for batch in batches]
-            self._found.append(_Step(self._step, [batch.ids for batch in batches], norms, doubt))
+            one = _Step(self._step, [batch.ids for batch in batches], norms, doubt)
+            self._found.append(one)
+            self._unproved.append(one)
+
+    def samples_proved(self) -> None:
+        self._unproved = []
 
     def samples_taken_back(self, reason: str) -> None:
-        self._found, self._taken_back = [], reason
+        for one in self._unproved:
+            one.taken_back = reason
+        self._unproved, self._taken_back = [], reason  # of the open step too
 
     # ---- on its way
 
@@ -149,8 +161,8 @@ class SamplesAfter(StepListener):
         """Read what the steps up to this one have brought."""
         assert self._wanted is not None
         assert self._first is not None
-        facts = (self._wanted, self._first, last, self._taken_back)
-        found, self._found, self._taken_back = self._found, [], ""
+        facts = (self._wanted, self._first, last, self._taken_back, self._reasons())
+        found, self._found = self._found, []
         self._wanted = self._first = None
         tensors = [tensor for one in found for tensor in (*one.norms, *one.ids) if tensor is not None]
         if any(tensor.is_cuda for tensor in tensors):
@@ -159,7 +171,7 @@ class SamplesAfter(StepListener):
             bits = torch.cat([as_bits(tensor).to(device, non_blocking=True) for tensor in tensors])
             self._copied.append((facts, found, HostCopy(bits)))
         else:
-            self._tell(_largest(facts, found, self._reasons))
+            self._tell(_largest(facts, found))
 
     def _tell_of_copied(self) -> None:
         facts, found, copy = self._copied.popleft()
@@ -171,16 +183,19 @@ class SamplesAfter(StepListener):
                     if tensor is not None:
                         own[i] = of_bits(bits[at : at + len(tensor)], tensor)
                         at += len(tensor)
-        self._tell(_largest(facts, found, self._reasons))
+        self._tell(_largest(facts, found))
 
-    @property
     def _reasons(self) -> str:
-        return self._metric.off or "; ".join(self._metric.why_unrecorded)
+        """Return why passes since it was switched on were not recorded."""
+        counts = self._metric.unrecorded.items()
+        return self._metric.off or "; ".join(why for why, count in counts if count > self._unrecorded.get(why, 0))
 
 
-def _largest(facts: _Facts, found: Sequence[_Step], reasons: str) -> SamplesAfterAlarm:
+def _largest(facts: _Facts, found: Sequence[_Step]) -> SamplesAfterAlarm:
     """Return the samples with the largest norms of all steps."""
-    alarm, first, last, taken_back = facts
+    alarm, first, last, of_open, reasons = facts
+    taken_back = next((one.taken_back for one in found if one.taken_back), of_open)
+    found = [one for one in found if not one.taken_back]
     steps, rows, norms = [], [], []
     ids: list[int | None] = []
     for one in found:
@@ -201,7 +216,8 @@ def _largest(facts: _Facts, found: Sequence[_Step], reasons: str) -> SamplesAfte
         why = why or reasons or "no step has had a recorded backward pass"
         words = f"{begin}: no gradient norms of samples in {when} ({why})"
         return SamplesAfterAlarm(alarm, first, last, 0, float("nan"), (), words)
-    doubt = next((one.doubt for one in found if one.doubt), "")
+    doubts = [one.doubt for one in found if one.doubt][:1]
+    doubt = "; ".join(doubts + [f"others were taken back: {taken_back}"] * bool(taken_back))
     aside = f" ({doubt})" if doubt else ""
     finite = np.isfinite(values)
     at_step, at_row = np.concatenate(steps), np.concatenate(rows)

@@ -106,7 +106,7 @@ class Metric(ABC):
             *("observe_record", "observe_layers", "observe_unrecorded", "observe_step", "observe_skipped_step"),
             *("observe_proof", "observe_loss", "observe_batch", "observe_output", "wants_outputs"),
             *("observe_used_gradients", "before_step", "after_step_of", "observe_late_move"),
-            *("observe_stop", "rank_part", "on_call", "rest", "wake", "rests", "warns_only", "why_unrecorded"),
+            *("observe_stop", "rank_part", "on_call", "rest", "wake", "rests", "warns_only"),
             *("split_state", "joined_state", "empty_state", "add_states", "continues", "load_ranks"),
         }
     )

@@ -485,14 +485,9 @@ class PerSampleMetric(StandaloneMetric):
         share = self._capture.coverage.share if self._capture is not None else ""
         return f"over the covered parameters only: {share}" if share else ""
 
-    @property
-    def why_unrecorded(self) -> list[str]:
-        """Reasons why backward passes were not recorded, each once."""
-        return [*({} if self._capture is None else self._capture.unrecorded), *self._without_loss]
-
     def _tell_of_silence(self) -> None:
         """Warn that no step has brought a number so far, where the reasons are known."""
-        if reasons := self.why_unrecorded:
+        if reasons := self.unrecorded:
             message = f"lipcore has recorded no sample for {self.name} in {_SILENT} steps: {'; '.join(reasons)}"
             self._raised = warn_in_hook(message, UserWarning) or self._raised
 
@@ -656,13 +651,18 @@ class PerSampleMetric(StandaloneMetric):
         lines += [PlanLine(name, f"not covered: {why}") for name, why in self._capture.coverage.uncovered.items()]
         return PlanLines(lines)
 
+    @property
+    def unrecorded(self) -> dict[str, int]:
+        """Reasons why backward passes were not recorded, each with how many there were."""
+        return ({} if self._capture is None else dict(self._capture.unrecorded)) | self._without_loss
+
     def _facts(self) -> dict[str, Any]:
         """Return what was not recorded, not proved, taken back and not covered."""
         if self._capture is None:
             return {}
         doubts, taken_back = self._doubts.counts(), self._unproved.taken_back.counts()
         uncovered = dict(self._capture.coverage.uncovered)
-        facts: dict[str, Any] = {"unrecorded": dict(self._capture.unrecorded) | self._without_loss}
+        facts: dict[str, Any] = {"unrecorded": self.unrecorded}
         facts["proved"] = not doubts
         more = {"taken_back": taken_back, "not_proved": doubts, "not_covered": uncovered}
         return facts | {name: found for name, found in more.items() if found}

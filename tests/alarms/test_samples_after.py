@@ -489,6 +489,75 @@ def test_a_scale_that_nobody_knows_is_a_doubt_about_the_samples() -> None:
     assert heard == ["", "not proved: a scale is in them"]
 
 
+class Switch:
+    """A SamplesAfter of two steps that the test drives, with what it has told."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+        self.metric = lipcore.PerSampleGradNorms(loss_reduction="mean")
+        self.after = SamplesAfter(2, self.metric, self.told.append, self.told.append)
+
+    def on(self, step: int) -> None:
+        self.after.hear(AlarmEvent(step, "loss", "total", 4.0, ""))
+        self.after.between(step, step)
+
+    def step(self, step: int, *values: float) -> None:
+        self.after.begin_step(step)
+        if values:
+            self.after.step_samples([MicroBatch(Norms(*values), None, None)], "")  # type: ignore[arg-type]
+
+
+def test_reasons_of_an_earlier_time_are_not_told() -> None:
+    switch, nothing = Switch(), "in steps 10 to 11 (no step has had a recorded backward pass)"
+    switch.after.samples_taken_back("while nothing was on")
+    switch.metric._without_loss["an earlier reason"] += 1
+    switch.on(9)
+    switch.step(10)
+    switch.after.samples_taken_back("of what a checkpoint ends")
+    switch.after.forget()
+    switch.on(9)
+    switch.step(11)
+    switch.after.between(11, 11)
+    assert switch.told[-1].message.endswith(nothing)
+    switch.on(11)
+    switch.metric._without_loss["a reason of now"] += 1
+    switch.after.between(13, 13)
+    switch.metric._without_loss["a reason of later"] += 1
+    assert switch.told[-1].message.endswith("in steps 12 to 13 (a reason of now)")
+
+
+def test_norms_since_the_last_good_proof_alone_are_taken_back() -> None:
+    switch = Switch()
+    switch.on(9)
+    switch.step(10, 1.0, 3.0)
+    switch.after.samples_proved()
+    switch.step(11, 7.0)
+    switch.after.samples_taken_back("samples were mixed")
+    switch.after.between(11, 11)
+    assert [one.norm for one in switch.told[-1].largest] == [3.0, 1.0]
+    assert switch.told[-1].doubt == "others were taken back: samples were mixed"
+
+
+def test_norms_are_taken_back_on_their_way_from_a_device_too() -> None:
+    class Copy:
+        is_there = True
+
+        def tensors(self) -> tuple[torch.Tensor]:
+            return (torch.tensor([1.0, 3.0, 7.0], dtype=torch.float64).view(torch.int64),)
+
+    switch = Switch()
+    switch.on(9)
+    switch.step(10, 1.0, 3.0)
+    switch.after.samples_proved()
+    switch.step(11, 7.0)
+    facts, found, after = (9, 10, 11, "", ""), switch.after._found, switch.after
+    after._copied.append((facts, found, Copy()))  # type: ignore[arg-type]
+    after._found, after._first, after._wanted = [], None, None
+    after.samples_taken_back("samples were mixed")
+    after.end()
+    assert [one.norm for one in switch.told[-1].largest] == [3.0, 1.0]
+
+
 def test_what_is_no_count_and_metrics_without_norms_are_refused() -> None:
     with pytest.raises(ValueError, match="^per_sample: expected an integer >= 1 or None, got 0"):
         Alarms(per_sample=0)
