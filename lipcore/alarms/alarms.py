@@ -219,6 +219,11 @@ class Alarms(Showable):
         self._rate, self._keep, self._logs, self._has_norms = CommonRate(optimizers), keep, logs, has_norms
         self._meets = meets
 
+    def _let_go(self) -> None:
+        """Belong to no Monitor any more: one that has made no step."""
+        self._keep = self._samples_after = None
+        self._hearers.clear()
+
     def _write_to(
         self,
         record: Callable[[AlarmEvent], None],

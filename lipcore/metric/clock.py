@@ -62,6 +62,11 @@ class Clock:
         """All objects whose step() may be called."""
         return [thing for stepper in self._steppers for thing in (stepper.given, *stepper.inside)]
 
+    @property
+    def between_steps(self) -> bool:
+        """True while no optimizer has begun a step that the others have not made."""
+        return not (self.inside or self._stepped)
+
     def __str__(self) -> str:
         names = [f"{type(stepper.given).__name__}.step" for stepper in self._steppers]
         return " and ".join(names) or "monitor.step()"

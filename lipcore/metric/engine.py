@@ -105,6 +105,7 @@ class Engine:
         self._failures = Failures(self.metrics)
         self._listeners: list[Listener] = []
         self._steps_here = 0  # since this object was made, without those of a loaded state
+        self._all_counted = True  # no step has moved the parameters that is not counted, or not yet
         self._closed, self._needs_steps, self._asked_for_scaler = False, needs_steps, False
         check_kind(model)
         self._optimizers = checked_optimizers(optimizer)
@@ -314,6 +315,7 @@ class Engine:
         self._step_end.moved_by_hand()
 
     def _stepped_once(self) -> None:
+        self._all_counted = False
         self._at_step_end(self._step_end.step)
 
     def _at_step_end(self, call: Callable[[], None]) -> None:
@@ -410,6 +412,7 @@ class Engine:
                 self._close()
         except Exception as error:
             self._stop_all(error)
+        self._all_counted = True
 
     def _check_that_something_came(self) -> None:
         if not self._capture.nothing_came:
@@ -448,6 +451,7 @@ class Engine:
     @ordinary
     def step(self) -> None:
         """Count a step by hand, after the parameters were updated: for loops without an optimizer object."""
+        self._all_counted = False
         self._failures.raise_kept()
         self._stepped_once()
         self._failures.raise_kept()
@@ -661,6 +665,7 @@ class Engine:
             raise
         take_own()
         self._windows.load(state["step"], state["windows"], starts)
+        self._all_counted = True
         self._global.forget(state["step"])
         if lacked is not None:
             self._global.go_on_lacking(lacked)

@@ -412,17 +412,27 @@ class Monitor(Engine):
         if not self._waits_to_begin:
             self._samples_after.between(self._windows.step, self._windows.step + begins)
 
+    @property
+    def _between_steps(self) -> bool:
+        """True while all parameters are as of the end of the last step that was counted."""
+        return self._clock.between_steps and self._all_counted
+
     def _write_snapshot(self) -> None:
-        """Write the files of an alarm that wait for a place outside of the forward and backward passes."""
+        """Write the files of an alarm that wait for a place between two steps, outside of the forward and backward
+        passes; at the end of all wherever that is."""
         snapshots = self._snapshots
         if snapshots is None or not snapshots.due or in_backward() != -1 or is_captured_here():
+            return
+        amid = not self._between_steps
+        if amid and not self._closed:
             return
         try:
             if not self._closed:
                 self._write_all()
         except Exception as error:  # of a device, say, which the user's next call meets too
             self._failures.warn(f"lipcore could not write down all steps before a snapshot: {error}")
-        snapshots.write(self._windows.step, None if self._recorder is None else self._recorder.record)
+        record = None if self._recorder is None else self._recorder.record
+        snapshots.write(self._windows.step, record, amid_step=amid)
 
     def _after_backward(self) -> None:
         super()._after_backward()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lipcore.alarms.alarms import Alarms
 from lipcore.metric.protocol import Metric
 from lipcore.models.arguments import check_choice, check_count
 from lipcore.models.names import named_modules
@@ -86,6 +87,8 @@ def watch(
     check_choice("record_level", record_level, get_args(RecordLevel))
     check_count("max_bytes", max_bytes, 1 << 20)
     check_count("first_step", first_step, 0)
+    if run is None:
+        _check_snapshot(monitor.get("alarms"))  # before the metrics and the alarms belong to a Monitor
     made = Monitor(model, optimizer, metrics, **monitor)
     here = rank()
     try:
@@ -94,12 +97,6 @@ def watch(
         if here == 0:
             made._listeners += made_writers(writers, run, made._warn_of_record, first_step, of_all_ranks=together)
         if run is None:
-            snapshot = None if made.alarms is None else made.alarms.snapshot
-            if snapshot is not None and not snapshot.states:
-                raise ValueError(
-                    "alarms: their snapshot would have nothing to write: there is no record; pass run=, or states=True "
-                    "to lipcore.alarms.Snapshot"
-                )
             return made
         facts = {"model": type(made.model).__name__, "torch": torch.__version__, "rank": here}
         facts |= {"alarms": "off" if made.alarms is None else [*made.alarms.signals, "nonfinite"], **dict(config or {})}
@@ -108,9 +105,21 @@ def watch(
         )
     except Exception:
         made.close()
+        if made.alarms is not None:
+            made.alarms._let_go()  # for who follows the message with the same ones
         raise
     made._attach_recorder(Recorder(record, made._warn_of_record))
     return made
+
+
+def _check_snapshot(alarms: Any) -> None:
+    """Check that an alarm's snapshot has something to write where there is no record."""
+    snapshot = alarms.snapshot if isinstance(alarms, Alarms) else None
+    if snapshot is not None and not snapshot.states:
+        raise ValueError(
+            "alarms: their snapshot would have nothing to write: there is no record; pass run=, or states=True to "
+            "lipcore.alarms.Snapshot"
+        )
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -196,34 +196,46 @@ class RunRecord:
                 _backup_from(self._connection, self.path)
 
         self._put(last, alone=True)
-        self._put(done.set, soon=True, alone=True, always=True)
+        self._put(done.set, soon=True, always=True)
         return done.wait(timeout) and not self.failed
 
     def write_excerpt(self, target: Path, timeout: float = 60.0) -> None:
         """Write the last 512 steps to another file, and wait until it is there, which may be after close() too.
 
         Raises:
-            RecordError: it is not there after so many seconds, or cannot be written.
+            RecordError: it is not there after so many seconds, or cannot be written; writing the record has failed, so
+                that it lacks the last steps; this process is a fork, which does not write it.
         """
+        if self._process != os.getpid():
+            raise RecordError(f"another process than this one, a fork, writes {self.path}")
         if self._closed:
+            self._check_that_all_is_written()
             connection = connect(self.path)
             try:
                 write_excerpt(connection, target)
             finally:
                 connection.close()
             return
-        done, errors = threading.Event(), [] if self._process == os.getpid() and not self.failed else [self.failed]
+        done = threading.Event()
+        errors: list[Exception] = []
 
         def write() -> None:
             try:
+                self._check_that_all_is_written()
                 write_excerpt(self._connection, target)
             except Exception as error:  # the record itself goes on
-                errors.append(f"{type(error).__name__}: {error}")
+                errors.append(error)
+            done.set()
 
-        self._put(write)
-        self._put(done.set, always=True)
-        if not done.wait(timeout) or errors:
-            raise RecordError(errors[0] if errors else f"the record has not written it in {timeout:g} seconds")
+        self._put(write, soon=True, always=True)
+        if not done.wait(timeout):
+            raise RecordError(f"the record has not written it in {timeout:g} seconds")
+        for error in errors:
+            raise error if isinstance(error, RecordError) else RecordError(f"{type(error).__name__}: {error}")
+
+    def _check_that_all_is_written(self) -> None:
+        if self.failed:
+            raise RecordError(f"the record lacks the last steps: {self.failed}")
 
     def close(self) -> None:
         """Write what waits, and close the file."""

@@ -66,9 +66,14 @@ class Snapshots(Listener):
         self._event = self._event if self._event is not None and self._event.step <= step else None
         self._last = self._last if self._last is not None and self._last <= step else None
 
-    def write(self, step: int, record: RunRecord | None) -> None:
-        """Write the files of the alarm that waits, after so many steps; `record`: of the run, where there is one.
-        Nothing is raised. Waits for a device."""
+    def write(self, step: int, record: RunRecord | None, *, amid_step: bool = False) -> None:
+        """Write the files of the alarm that waits. Nothing is raised. Waits for a device.
+
+        Args:
+            step: how many were made.
+            record: of the run, where there is one.
+            amid_step: some parameters have moved since, in a step that was not over, or not counted, at the end of all.
+        """
         event, self._event = self._event, None
         if event is None:
             return
@@ -80,7 +85,13 @@ class Snapshots(Listener):
         if self._wanted.states and is_fsdp1(self._model):
             self._warn(f"the snapshot of the alarm in step {event.step}: {_COLLECTIVE}")
         elif self._wanted.states:
-            parts.append((_STATES, lambda target: self._write_states(target, step, event)))
+            parts.append((_STATES, lambda target: self._write_states(target, step, event, amid_step=amid_step)))
+            if amid_step:
+                self._warn(
+                    f"the states in the snapshot of the alarm in step {event.step} are not of the end of step {step}: "
+                    "some parameters have moved since, in a step that was not over, or not counted, when the training "
+                    "ended; who goes on from them makes a part of it twice"
+                )
         elif record is None:
             self._warn(
                 f"the snapshot of the alarm in step {event.step} has nothing to write: there is no record; pass "
@@ -97,10 +108,11 @@ class Snapshots(Listener):
                 )
         self._remove_older()
 
-    def _write_states(self, target: Path, step: int, event: AlarmEvent) -> None:
+    def _write_states(self, target: Path, step: int, event: AlarmEvent, *, amid_step: bool) -> None:
         found: dict[str, Any] = {
             "alarm": asdict(event),
             "step": step,
+            "amid_step": amid_step,
             "model": self._model.state_dict(),
             "optimizers": [one.state_dict() for one in self._optimizers if hasattr(one, "state_dict")],
             "rng_state": torch.get_rng_state(),

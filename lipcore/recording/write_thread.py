@@ -47,11 +47,11 @@ class WriteThread:
         Args:
             soon: at once.
             alone: outside any transaction.
-            always: also where an earlier one has raised.
+            always: also where an earlier one has raised, and so outside any transaction too.
         """
         if self._queue.full():
             self._soon.set()
-        self._queue.put(_Work(call, alone, always))
+        self._queue.put(_Work(call, alone or always, always))
         if soon:
             self._soon.set()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 
 import lipcore
 from lipcore.alarms import Alarms, AlarmStop, Snapshot
+from lipcore.recording import RecordError
 
 AT = 4
 
@@ -109,6 +112,120 @@ def test_a_loop_that_calls_nothing_has_it_at_the_end_of_a_step(tmp_path: Path) -
     assert torch.load(tmp_path / "step100" / "rank0.pt")["alarm"]["signal"] == "nonfinite"
 
 
+class Ends(Exception):
+    """What a loop raises."""
+
+
+def train_two(folder: Path, *, ends: bool = False, stop: bool = False) -> list[dict[str, torch.Tensor]]:
+    """Train two parts with an optimizer each; in step 3 a sample comes twice, between their steps. Return the
+    parameters by the number of steps that were made."""
+    one, other = nn.Linear(3, 1), nn.Linear(3, 1)
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (one, other)]
+    both = nn.ModuleDict({"one": one, "other": other})
+    state = lambda: {name: tensor.clone() for name, tensor in both.state_dict().items()}  # noqa: E731
+    alarms = Alarms(signals=["loss"], snapshot=Snapshot(folder, states=True), stop=stop)
+    after = [state()]
+    with lipcore.Monitor({"one": one, "other": other}, optimizers, [lipcore.Trajectory()], alarms=alarms) as monitor:
+        for step in range(1, 6):
+            for part, optimizer in zip((one, other), optimizers, strict=True):
+                part(torch.randn(4, 3)).square().mean().backward()
+                if part is other and step == 3:
+                    monitor.log_batch([1, 1], epoch=0)
+                    monitor.log(a=1.0)
+                    if ends:
+                        raise Ends
+                optimizer.step()
+                optimizer.zero_grad()
+            after.append(state())
+    return after
+
+
+def test_states_are_not_of_two_steps_where_several_optimizers_step_in_turn(tmp_path: Path) -> None:
+    after = train_two(tmp_path)
+    found = torch.load(tmp_path / "step3" / "rank0.pt", weights_only=True)
+    assert (found["step"], found["amid_step"]) == (3, False)
+    for name, tensor in after[3].items():
+        assert torch.equal(found["model"][name], tensor)
+
+
+@pytest.mark.parametrize(("given", "error"), [({"ends": True}, Ends), ({"stop": True}, AlarmStop)])
+def test_states_of_a_training_that_ends_between_two_optimizers_say_so(
+    tmp_path: Path, given: dict[str, bool], error: type[Exception]
+) -> None:
+    with (
+        pytest.warns(RuntimeWarning, match=r"alarm in step 3 are not of the end of step 2: some"),
+        pytest.raises(error),
+    ):
+        train_two(tmp_path, **given)
+    found = torch.load(tmp_path / "step3" / "rank0.pt", weights_only=True)
+    assert (found["step"], found["amid_step"]) == (2, True)
+
+
+def same(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return all(torch.allclose(mine[name], theirs[name], 0, 0, equal_nan=True) for name in theirs)
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_an_event_in_which_the_monitor_is_called_has_the_step_of_its_states(tmp_path: Path, calls: bool) -> None:
+    model = nn.Linear(3, 1)
+    model.count = nn.Parameter(torch.zeros(()))  # of the steps
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    on_event = lambda _: monitor.log(a=1.0) if calls else None  # noqa: E731
+    alarms = Alarms(signals=["loss"], snapshot=Snapshot(tmp_path, states=True), on_event=on_event)
+    with lipcore.Monitor(model, optimizer, [lipcore.Trajectory()], alarms=alarms) as monitor:
+        for step in range(1, 12):
+            (0.1 * model(torch.randn(4, 3)).square().mean() - model.count).backward()
+            if step == 6:
+                model.bias.grad.fill_(torch.nan)
+            optimizer.step()
+            optimizer.zero_grad()
+    found = torch.load(tmp_path / "step6" / "rank0.pt", weights_only=True)
+    assert (found["step"], found["amid_step"]) == (int(found["model"]["count"]), False)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_step_that_is_counted_by_hand_is_counted_before_the_states_are_written(tmp_path: Path, stop: bool) -> None:
+    model = nn.Linear(3, 1)
+    alarms = Alarms(signals=["loss"], snapshot=Snapshot(tmp_path, states=True), stop=stop)
+    with contextlib.suppress(AlarmStop), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a loop that was stopped amid a step
+        with lipcore.Monitor(model, metrics=[lipcore.Trajectory()], alarms=alarms) as monitor:
+            for step in range(1, 5):
+                monitor.log_batch([1, 1] if step == 3 else [10 * step, 10 * step + 1], epoch=0)
+                torch.nn.init.constant_(model.weight, step)
+                monitor.step()
+    found = torch.load(tmp_path / "step3" / "rank0.pt", weights_only=True)
+    assert int(found["model"]["weight"][0, 0]) == 3
+    assert (found["step"], found["amid_step"]) == ((2, True) if stop else (3, False))
+
+
+def test_states_of_a_step_that_is_read_late_are_written_when_it_is_counted(tmp_path: Path) -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    alarms = Alarms(signals=["loss"], snapshot=Snapshot(tmp_path, states=True))
+    metrics = [lipcore.Trajectory(mode="exact")]
+    after: list[dict[str, torch.Tensor]] = [{}]
+    with (
+        pytest.warns(RuntimeWarning, match="From now on a step is read when the next backward pass begins"),
+        lipcore.Monitor(model, optimizer, metrics, alarms=alarms) as monitor,
+    ):
+        for step in range(1, 6):
+            model(torch.randn(4, 3)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                model.weight.mul_(0.9)
+            after.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            if step == 3:
+                assert monitor._step_end.late
+                monitor.log_batch([1, 1], epoch=0)
+                monitor.log(a=1.0)
+    (file,) = tmp_path.glob("*/rank0.pt")
+    found = torch.load(file, weights_only=True)
+    assert same(after[found["step"]], found["model"])
+    assert not found["amid_step"]
+
+
 def test_an_alarm_shortly_after_another_has_none(tmp_path: Path) -> None:
     from lipcore.alarms import AlarmEvent
     from lipcore.recording.snapshots import Snapshots
@@ -165,6 +282,34 @@ def test_nothing_to_write_is_told() -> None:
         with pytest.warns(RuntimeWarning, match="has nothing to write: there is no record; pass run="):
             monitor.log()
     assert not Path("nowhere").exists()
+
+
+def test_the_remedy_can_be_followed_with_the_same_alarms_and_metrics(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    alarms, metrics = Alarms(signals=["loss"], snapshot=Snapshot(tmp_path / "s")), [lipcore.Trajectory()]
+    with pytest.raises(ValueError, match="pass run="):
+        lipcore.watch(model, metrics=metrics, alarms=alarms)
+    with lipcore.watch(model, metrics=metrics, alarms=alarms, run=tmp_path / "a") as monitor:
+        monitor.log_batch([1, 1], epoch=0)
+        monitor.step()
+    assert (tmp_path / "s" / "step1" / "rank0.lipcore").exists()
+
+
+def test_alarms_of_a_run_that_has_not_begun_can_go_into_another(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    model = nn.Linear(2, 1)
+    alarms = Alarms(signals=["loss"], snapshot=Snapshot(tmp_path / "s"), per_sample=2)
+    metrics = lambda: [lipcore.Trajectory(), lipcore.PerSampleGradNorms(loss_reduction="mean")]  # noqa: E731
+    with pytest.raises((OSError, RecordError, ValueError)):
+        lipcore.watch(model, metrics=metrics(), alarms=alarms, run=tmp_path / "a")
+    with lipcore.watch(model, metrics=metrics(), alarms=alarms, run=tmp_path / "b") as monitor:
+        for step in range(1, 5):
+            monitor.log_batch([1, 1] if step == 1 else [10 * step, 10 * step + 1], epoch=0)
+            model(torch.randn(2, 2)).square().mean().backward()
+            monitor.step()
+    assert len(alarms.events) == len(alarms.samples) == 1
+    with lipcore.open_run(tmp_path / "s" / "step1") as run:
+        assert len(run.events) == 1
 
 
 @pytest.mark.parametrize(

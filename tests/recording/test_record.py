@@ -376,6 +376,40 @@ def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
     assert open_run(tmp_path / "a").last_step >= 5
 
 
+def test_an_excerpt_amid_what_is_written(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path / "a")
+    record.begin(0)
+    record.flush()
+    for first in (1, 5):
+        record.add_steps(first, {"update_norm": numbers(first, 4)}, NAMES, LEVELS)
+    (tmp_path / "b").mkdir()
+    record.write_excerpt(tmp_path / "b" / "rank0.lipcore")
+    record.add_steps(9, {"update_norm": numbers(9, 4)}, NAMES, LEVELS)
+    record.close()
+    assert not record.failed
+    assert steps_of(tmp_path / "b") == list(range(1, 9))
+    assert steps_of(tmp_path / "a") == list(range(1, 13))
+
+
+@pytest.mark.parametrize("when", ["meanwhile", "before", "closed"])
+def test_an_excerpt_of_a_record_that_has_failed_is_not_said_to_be_there(tmp_path: Path, when: str) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    record = RunRecord(tmp_path / "a")
+    record.begin(0)
+    assert record.flush()
+    record._put(full)
+    if when != "meanwhile":
+        record.flush()
+    if when == "closed":
+        record.close()
+    with pytest.raises(RecordError, match=r"^the record lacks the last steps: .*rank0.lipcore: OSError.*No space"):
+        record.write_excerpt(tmp_path / "b", timeout=5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    record.close()
+
+
 def test_arguments_of_a_record(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="record_level: expected 'group' or 'tensor', got 'all'"):
         RunRecord(tmp_path, level="all")  # type: ignore[arg-type]
@@ -392,8 +426,12 @@ def test_a_forked_child_writes_nothing(tmp_path: Path) -> None:
     if not pid:
         record.add_steps(1, {"x": numbers(1, 5)}, NAMES, LEVELS)
         record.flush()
-        record.close()
-        os._exit(0)
+        try:
+            record.write_excerpt(tmp_path / "b", timeout=3)
+        except RecordError as error:
+            record.close()
+            os._exit(0 if "another process than this one" in str(error) else 1)
+        os._exit(2)
     assert os.waitpid(pid, 0)[1] == 0
     record.close()
     assert open_run(tmp_path / "a").last_step == 0

@@ -91,3 +91,12 @@ def test_after_a_failure_nothing_more_is_written_and_who_waits_is_told(table: Ta
     assert table.numbers == [1]  # the transaction that failed has left nothing
     assert [str(error) for error in errors] == ["no such table: nowhere"]
     assert not table.connection.in_transaction
+
+
+def test_a_call_that_is_always_made_is_in_no_transaction_which_may_fail(table: Table) -> None:
+    done = threading.Event()
+    table.add(1)
+    table.thread.put(lambda: table.connection.execute("insert into nowhere values(1)"))
+    table.thread.put(done.set, always=True)
+    table.thread.end(10)
+    assert done.is_set()
