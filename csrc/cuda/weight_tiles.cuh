@@ -10,9 +10,9 @@ namespace lipcore::cuda {
 template <class Product>
 constexpr int kBlocksOfTiles = Product::kTile > 64 ? 1 : 2;
 
-// Nor are there enough for both Gram matrices in float64 beside the places of patches.
-template <class Product, bool kPatches>
-constexpr int kBlocksOfGram = kPatches && sizeof(typename Product::Sum) == 8 ? 1 : kBlocksOfTiles<Product>;
+// Nor is there more beside both Gram matrices in float64: with two, sm_90 spills those of patches and sm_100 all.
+template <class Product>
+constexpr int kBlocksOfGram = sizeof(typename Product::Sum) == 8 ? 1 : kBlocksOfTiles<Product>;
 
 // Calls visit(i, j) for this thread's elements of a tile with so many rows and columns left: beyond them an infinite
 // factor has met a zero.
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfTiles<Product>)
 
 // A block per sample, group and pair of tiles of tokens, the second not behind the first.
 template <class Product, bool kPatches>
-__global__ void __launch_bounds__(kThreads, kBlocksOfGram<Product, kPatches>)
+__global__ void __launch_bounds__(kThreads, kBlocksOfGram<Product>)
     gram_tiles(const __grid_constant__ WeightWork work, double* partials) {
   using Sum = typename Product::Sum;
   constexpr int kTile = Product::kTile;
