@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import run_ways
 from torch import nn
 
 import lipcore
@@ -563,3 +564,54 @@ def test_what_is_no_count_and_metrics_without_norms_are_refused() -> None:
         Alarms(per_sample=0)
     with pytest.raises(ValueError, match=r"^alarms: per_sample= switches .* add lipcore.PerSampleGradNorms"):
         lipcore.Monitor(nn.Linear(2, 1), metrics=[lipcore.Trajectory()], alarms=Alarms(per_sample=2))
+
+
+def named_on_ranks(rank: int, folder: str, name: str) -> dict[str, Any]:
+    torch.manual_seed(rank)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    alarms = Alarms(signals=["loss"], per_sample=ON)
+    metrics = [lipcore.Trajectory(), lipcore.PerSampleGradNorms(loss_reduction="mean")]
+    expected: dict[int, list[float]] = {}
+    with lipcore.watch(
+        model, optimizer, metrics=metrics, run=f"{folder}/{name}", window_steps=4, alarms=alarms
+    ) as monitor:
+        for step in range(1, 17):
+            x = torch.randn(2, 3)
+            each = model(x)[:, 0].square()
+            monitor.log(loss=each.mean())
+            monitor.log_batch([1, 1] if rank == 1 and step == 3 else [10 * step, 10 * step + 1], epoch=0)
+            inputs = torch.cat([x, torch.ones(2, 1)], dim=1).norm(dim=1)
+            expected[step] = (2 * each.detach().sqrt() * inputs).tolist()
+            each.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    own = [window["per_sample_grad_norm"].norm["total"].mean.count for window in monitor.history]
+    merged = [window["per_sample_grad_norm"].norm["total"].mean for window in monitor.global_history]
+    return {
+        "samples": [(one.alarm, one.first, one.last, one.count, one.largest[0].norm) for one in alarms.samples],
+        "expected": expected,
+        "own": own,
+        "merged": [(value.count, value.value, value.valid) for value in merged],
+    }
+
+
+@pytest.mark.ci
+def test_ranks_of_which_one_is_awake_and_the_other_rests_merge_their_windows(tmp_path: Path) -> None:
+    """The rank whose alarm it is measures steps 4 to 6; the other hears of it where windows 1 to 4 are merged."""
+    found = run_ways(tmp_path, named_on_ranks, {"a": {}})["a"]
+    awake = [range(6, 9), range(4, 7)]
+    everything: list[list[float]] = [[], [], []]  # by window
+    for one, steps in zip(found, awake, strict=True):
+        ((alarm, first, last, count, largest),) = one["samples"]
+        norms = [norm for step in steps for norm in one["expected"][str(step)]]
+        assert (alarm, first, last, count) == (3, steps[0], steps[-1], 2 * ON)
+        assert largest == pytest.approx(max(norms), rel=1e-5)
+        for step in steps:
+            everything[(step - 1) // 4] += one["expected"][str(step)]
+    assert [one["own"] for one in found] == [[0, 6, 0, 0], [2, 4, 0, 0]]
+    assert found[0]["merged"] == found[1]["merged"]
+    for norms, (count, mean, valid) in zip(everything, found[0]["merged"], strict=True):
+        assert count == len(norms)
+        assert valid == bool(norms)
+        assert not norms or mean == pytest.approx(np.mean(norms), rel=1e-5)
