@@ -141,7 +141,7 @@ class Unexplained:
 
     def end(self) -> None:
         """Let the copies go: no step comes any more."""
-        self._over, self._copies, self._each, self.bytes = True, None, None, 0
+        self._over, self._copies, self._each = True, None, None
 
     def begin(self) -> None:
         """Check the next step from the parameters as they are now: they were set by something else than a step."""
