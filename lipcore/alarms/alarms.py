@@ -87,7 +87,9 @@ class Alarms(Showable):
         snapshot: files to write after an alarm.
         per_sample: for how many steps after an alarm the gradient norms of single samples are measured, to name those
             with the largest, in :attr:`samples`, a warning, and the record. It needs a
-            :class:`lipcore.PerSampleGradNorms` among the metrics of the Monitor, whose hooks are off until then.
+            :class:`lipcore.PerSampleGradNorms` among the metrics of the Monitor, whose hooks are off until then. What
+            stops the metric there (a model that mixes samples, a parameter that no rule covers) is a warning, and
+            raised nowhere.
 
     Raises:
         TypeError, ValueError: an argument is no such thing.
@@ -130,7 +132,7 @@ class Alarms(Showable):
         #: Trajectory with ``source="optimizer"``, of Adam or AdamW.
         self.light = WarningLight()
         self._waiting, self._nonfinite, self._sample_ids = Waiting(), NonFinite(), SampleIds()
-        self._turns = 1
+        self._turns: Callable[[], int] = lambda: 1
         self._unexplained = self._new_unexplained()
         self._columns: Columns | None = None
         self._layout: Layout | None = None
@@ -150,7 +152,7 @@ class Alarms(Showable):
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy has: the events, and nobody to call."""
         gone = dict.fromkeys(("_on_event", "_record", "_record_light", "_record_samples", "_logs", "_meets", "_rate"))
-        gone["_samples_after"] = None
+        gone |= {"_samples_after": None, "_turns": None}
         return self.__dict__ | gone | {"_keep": None, "_hearers": []}
 
     @property
@@ -210,12 +212,12 @@ class Alarms(Showable):
         *,
         has_norms: bool,
         meets: Callable[[], bool] = lambda: False,
-        turns: int = 1,
+        turns: Callable[[], int] = lambda: 1,
     ) -> None:
         """Belong to a Monitor: `keep` takes errors for the user's next call, `logs` says whether the loop logs, `meets`
-        whether there are other ranks that it meets; in `turns` steps each parameter's movement is checked once."""
+        whether there are other ranks that it meets; in `turns` steps, as of now, each parameter's movement is checked
+        once."""
         self._turns = turns
-        self._unexplained = self._new_unexplained()
         self._rate, self._keep, self._logs, self._has_norms = CommonRate(optimizers), keep, logs, has_norms
         self._meets = meets
 
@@ -330,7 +332,8 @@ class Alarms(Showable):
             row = {name: one.norms[name][layout.single] for name in OF if name in one.norms}
             self._tell(self._nonfinite.step(one.step, one.loss, row, layout.names))
             if self._unexplained is not None and SIGNAL in one.norms:
-                self._tell(self._unexplained.step(one.step, one.norms[SIGNAL][layout.single], layout.names))
+                scores = one.norms[SIGNAL][layout.single]
+                self._tell(self._unexplained.step(one.step, scores, layout.names, self._turns()))
             self._tell(self._score(one, layout))
             if QUANTITY in one.norms:
                 self._look_at_light(one.step, float(one.norms[QUANTITY][layout.total][0]))
@@ -343,9 +346,7 @@ class Alarms(Showable):
                 self._record_light(step, words)
 
     def _new_unexplained(self) -> UnexplainedMovement | None:
-        if SIGNAL not in self.signals:
-            return None
-        return UnexplainedMovement(self.signals[SIGNAL].limit, self._turns)
+        return UnexplainedMovement(self.signals[SIGNAL].limit) if SIGNAL in self.signals else None
 
     def _score(self, one: StepNumbers, layout: Layout) -> AlarmEvent | None:
         columns = layout.columns

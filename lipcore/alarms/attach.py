@@ -56,15 +56,13 @@ def checked_alarms(alarms: Alarms | AlarmChoice | None, metrics: Iterable[Metric
 
 def prepare_for(alarms: Alarms | None, metrics: Iterable[Metric]) -> None:
     """Have the Trajectory, before it is bound, look for what alarms need besides norms, and a metric of single samples
-    rest until an alarm where they are to be named."""
+    rest until an alarm where they are to be named. Either does so no more where these alarms do not ask for it, since
+    another Monitor may have asked that could not be made, or is closed."""
     trajectory, norms = trajectory_of(metrics), norms_of(metrics)
-    if alarms is not None and alarms.per_sample is not None and norms is not None:
-        norms.on_call()
-    if alarms is None or trajectory is None:
-        return
-    trajectory.normalize()
-    if SIGNAL in alarms.signals:
-        trajectory.explain()
+    if norms is not None:
+        norms.on_call(alarms is not None and alarms.per_sample is not None)
+    if trajectory is not None:
+        trajectory.look_for(movement=alarms is not None and SIGNAL in alarms.signals, normalized=alarms is not None)
 
 
 def trajectory_of(metrics: Iterable[Metric]) -> Trajectory | None:
@@ -78,10 +76,10 @@ def norms_of(metrics: Iterable[Metric]) -> PerSampleGradNorms | None:
 
 
 class AlarmsListener(Listener):
-    """Listener by which Alarms hear of checkpoints and of the end."""
+    """Listener by which Alarms hear of checkpoints and of the end, and the Trajectory that looks for them of that."""
 
-    def __init__(self, alarms: Alarms) -> None:
-        self._alarms = alarms
+    def __init__(self, alarms: Alarms, trajectory: Trajectory | None) -> None:
+        self._alarms, self._trajectory = alarms, trajectory
 
     def state_loaded(self, step: int) -> None:
         self._alarms._go_behind(step)
@@ -91,3 +89,5 @@ class AlarmsListener(Listener):
 
     def closed(self) -> None:
         self._alarms._end()
+        if self._trajectory is not None:
+            self._trajectory.look_no_more()

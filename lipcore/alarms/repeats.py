@@ -11,14 +11,13 @@ _Key = TypeVar("_Key", bound=Hashable)
 
 
 class Repeats:
-    """Memory of what was found in the last 20 steps, or in so many."""
+    """Memory of what was found."""
 
-    def __init__(self, steps: int = QUIET) -> None:
-        self._steps = steps
+    def __init__(self) -> None:
         self._last: dict[Hashable, int] = {}
 
-    def fresh(self, step: int, found: Collection[_Key]) -> list[_Key]:
-        """Return, in their order, those that were not found in the steps before; note all of them."""
-        fresh = [key for key in found if step - self._last.get(key, -self._steps - 1) > self._steps]
+    def fresh(self, step: int, found: Collection[_Key], within: int = QUIET) -> list[_Key]:
+        """Return, in their order, those that were not found in so many steps before; note all of them."""
+        fresh = [key for key in found if step - self._last.get(key, -within - 1) > within]
         self._last |= dict.fromkeys(found, step)
         return fresh

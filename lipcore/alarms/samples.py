@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lipcore.alarms.event import AlarmEvent
-from lipcore.metric.host_copy import HostCopy
+from lipcore.metric.host_copy import HostCopy, as_bits, of_bits
 from lipcore.per_sample.metric import PerSampleMetric
 from lipcore.per_sample.open_step import MicroBatch
 from lipcore.per_sample.step_listener import StepListener
@@ -45,6 +45,7 @@ class SamplesAfterAlarm:
     median: float  #: of those that are finite; NaN where there are none
     largest: tuple[SampleNorm, ...]  #: those that are not finite first; none where all are
     message: str  #: a sentence for people
+    doubt: str = ""  #: why the norms are not proved to be single samples', not of all parameters, or NaN; "" if exact
 
 
 @dataclass
@@ -54,10 +55,13 @@ class _Step:
     step: int
     ids: list[Tensor | None]
     norms: list[Tensor]
+    doubt: str
+    taken_back: str = ""  # why
 
 
-#: Steps of the alarm, first and last that were measured, and why norms were taken back, or "".
-_Facts = tuple[int, int, int, str]
+#: Steps of the alarm, first and last that were measured, why norms of an open step were taken back, or "", and why
+#: passes were not recorded, or "".
+_Facts = tuple[int, int, int, str, str]
 
 
 class SamplesAfter(StepListener):
@@ -83,6 +87,8 @@ class SamplesAfter(StepListener):
         self._first: int | None = None  # step in which it is on
         self._step, self._taken_back = 0, ""
         self._found: list[_Step] = []
+        self._unproved: list[_Step] = []  # those since the last good proof
+        self._unrecorded: dict[str, int] = {}  # before it was switched on: passes by reason
         self._copied: deque[tuple[_Facts, list[_Step], HostCopy]] = deque()
 
     def hear(self, event: AlarmEvent) -> None:
@@ -102,11 +108,13 @@ class SamplesAfter(StepListener):
             begun: of steps whose backward passes have come; one more where the optimizer is about to step.
         """
         if self._wanted is not None and self._first is None:
-            self._first = begun + 1
+            self._first, self._taken_back = begun + 1, ""
+            self._unrecorded = self._metric.unrecorded
             try:
                 self._metric.wake()
             except Exception as error:
                 self._wanted = self._first = None
+                self._metric.rest()
                 self._failed(error)
         elif self._first is not None and made >= self._first + self._steps - 1:
             self._metric.rest()
@@ -117,27 +125,35 @@ class SamplesAfter(StepListener):
     def forget(self) -> None:
         """Begin anew: a checkpoint was loaded."""
         self._copied.clear()
-        self._found = []
+        self._found, self._unproved = [], []
         if self._first is not None:
             self._metric.rest()
         self._wanted = self._first = None
 
     def end(self) -> None:
-        """Tell of what there is. Waits for a device."""
+        """Tell of what there is, and look for nothing more. Waits for a device."""
         if self._first is not None and self._found:
             self._close(self._step)
+        self._wanted = self._first = None
         while self._copied:
             self._tell_of_copied()
 
     # ---- of the metric
 
-    def step_samples(self, batches: Sequence[MicroBatch]) -> None:
+    def step_samples(self, batches: Sequence[MicroBatch], doubt: str) -> None:
         if batches and self._first is not None:
             norms = [batch.norms.per_sample.detach() for batch in batches]
-            self._found.append(_Step(self._step, [batch.ids for batch in batches], norms))
+            one = _Step(self._step, [batch.ids for batch in batches], norms, doubt)
+            self._found.append(one)
+            self._unproved.append(one)
+
+    def samples_proved(self) -> None:
+        self._unproved = []
 
     def samples_taken_back(self, reason: str) -> None:
-        self._found, self._taken_back = [], reason
+        for one in self._unproved:
+            one.taken_back = reason
+        self._unproved, self._taken_back = [], reason  # of the open step too
 
     # ---- on its way
 
@@ -145,17 +161,17 @@ class SamplesAfter(StepListener):
         """Read what the steps up to this one have brought."""
         assert self._wanted is not None
         assert self._first is not None
-        facts = (self._wanted, self._first, last, self._taken_back)
-        found, self._found, self._taken_back = self._found, [], ""
+        facts = (self._wanted, self._first, last, self._taken_back, self._reasons())
+        found, self._found = self._found, []
         self._wanted = self._first = None
         tensors = [tensor for one in found for tensor in (*one.norms, *one.ids) if tensor is not None]
         if any(tensor.is_cuda for tensor in tensors):
             # Of numbers that are copied together; what is on the host already is copied from there.
             device = next(tensor.device for tensor in tensors if tensor.is_cuda)
-            bits = torch.cat([_bits(tensor).to(device, non_blocking=True) for tensor in tensors])
+            bits = torch.cat([as_bits(tensor).to(device, non_blocking=True) for tensor in tensors])
             self._copied.append((facts, found, HostCopy(bits)))
         else:
-            self._tell(_largest(facts, found, self._reasons))
+            self._tell(_largest(facts, found))
 
     def _tell_of_copied(self) -> None:
         facts, found, copy = self._copied.popleft()
@@ -165,25 +181,21 @@ class SamplesAfter(StepListener):
             for own in (one.norms, one.ids):
                 for i, tensor in enumerate(own):
                     if tensor is not None:
-                        part = bits[at : at + len(tensor)]
-                        own[i] = part.view(torch.float64) if tensor.is_floating_point() else part
+                        own[i] = of_bits(bits[at : at + len(tensor)], tensor)
                         at += len(tensor)
-        self._tell(_largest(facts, found, self._reasons))
+        self._tell(_largest(facts, found))
 
-    @property
     def _reasons(self) -> str:
-        capture = self._metric._capture
-        return self._metric.off or ("" if capture is None else "; ".join(capture.unrecorded))
+        """Return why passes since it was switched on were not recorded."""
+        counts = self._metric.unrecorded.items()
+        return self._metric.off or "; ".join(why for why, count in counts if count > self._unrecorded.get(why, 0))
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """Return numbers as int64, those of floating-point ones by their bits."""
-    return tensor.double().view(torch.int64) if tensor.is_floating_point() else tensor.long()
-
-
-def _largest(facts: _Facts, found: Sequence[_Step], reasons: str) -> SamplesAfterAlarm:
+def _largest(facts: _Facts, found: Sequence[_Step]) -> SamplesAfterAlarm:
     """Return the samples with the largest norms of all steps."""
-    alarm, first, last, taken_back = facts
+    alarm, first, last, of_open, reasons = facts
+    taken_back = next((one.taken_back for one in found if one.taken_back), of_open)
+    found = [one for one in found if not one.taken_back]
     steps, rows, norms = [], [], []
     ids: list[int | None] = []
     for one in found:
@@ -204,6 +216,9 @@ def _largest(facts: _Facts, found: Sequence[_Step], reasons: str) -> SamplesAfte
         why = why or reasons or "no step has had a recorded backward pass"
         words = f"{begin}: no gradient norms of samples in {when} ({why})"
         return SamplesAfterAlarm(alarm, first, last, 0, float("nan"), (), words)
+    doubts = [one.doubt for one in found if one.doubt][:1]
+    doubt = "; ".join(doubts + [f"others were taken back: {taken_back}"] * bool(taken_back))
+    aside = f" ({doubt})" if doubt else ""
     finite = np.isfinite(values)
     at_step, at_row = np.concatenate(steps), np.concatenate(rows)
     median = float(np.median(values[finite])) if finite.any() else float("nan")
@@ -211,10 +226,10 @@ def _largest(facts: _Facts, found: Sequence[_Step], reasons: str) -> SamplesAfte
     chosen = order.tolist() if finite.any() else []
     largest = tuple(SampleNorm(int(at_step[i]), int(at_row[i]), ids[i], float(values[i])) for i in chosen)
     said: Any = [f"{one} in step {one.step} ({_size(one.norm, median)})" for one in largest]
-    what = f"the largest gradient norms of {len(values)} samples in {when}: {', '.join(said)}"
+    what = f"the largest gradient norms of {len(values)} samples in {when}{aside}: {', '.join(said)}"
     if not largest:
-        what = f"the gradient norms of all {len(values)} samples in {when} are not finite"
-    return SamplesAfterAlarm(alarm, first, last, len(values), median, largest, f"{begin}: {what}")
+        what = f"the gradient norms of all {len(values)} samples in {when} are not finite{aside}"
+    return SamplesAfterAlarm(alarm, first, last, len(values), median, largest, f"{begin}: {what}", doubt)
 
 
 def _size(norm: float, median: float) -> str:

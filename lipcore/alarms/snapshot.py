@@ -18,11 +18,12 @@ class Snapshot:
     optimizers ("optimizers", a list) and of the GradScaler ("scaler"), and of torch's random generator ("rng_state").
     Of parameters that ranks share they have this rank's part.
 
-    They are written at the end of a step or in the next call of a method of the Monitor, never inside a forward or
-    backward pass, and, with several optimizers, not where some of them have stepped and others have not yet: where the
-    training ends there, with an exception, the file says so ("amid_step"), and so does a warning. The training waits
-    for it, and stays what it was. A file is there whole or not at all. What cannot be
-    written (a full disk) is warned of. An alarm in the 20 steps after one whose files were written has none.
+    They are written at the end of a step, in the next call of a method of the Monitor, or when the optimizer is about
+    to make the next step, never inside a forward or backward pass, and, with several optimizers, not where some of them
+    have stepped and others have not yet: where the training ends there, with an exception, the file says so
+    ("amid_step"), and so does a warning. The training waits for it, and stays what it was. A file is there whole or not
+    at all. What cannot be written (a full disk) is warned of. An alarm in the 20 steps after one whose files were
+    written has none; where a rank hears late of an alarm before that one, it writes its files then.
 
     Args:
         folder: made where it does not exist.

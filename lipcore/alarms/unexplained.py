@@ -21,24 +21,28 @@ class UnexplainedMovement:
 
     Args:
         limit: of the difference over what rounding may make of it.
-        turns: steps in which each parameter is checked once.
     """
 
-    def __init__(self, limit: float, turns: int = 1) -> None:
-        self._limit, self._turns = limit, turns
-        self._repeats = Repeats(max(QUIET, turns))
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._repeats = Repeats()
 
-    def step(self, number: int, scores: NDArray[np.float64], places: Sequence[str]) -> AlarmEvent | None:
-        """Return the alarm of a step, from the scores of its places; NaN where one is not checked."""
+    def step(
+        self, number: int, scores: NDArray[np.float64], places: Sequence[str], turns: int = 1
+    ) -> AlarmEvent | None:
+        """Return the alarm of a step, from the scores of its places; NaN where one is not checked. In so many `turns`,
+        each of a step, all are checked once."""
         over = {places[i]: float(scores[i]) for i in np.flatnonzero(scores > self._limit).tolist()}
-        fresh = sorted(((over[place], place) for place in self._repeats.fresh(number, over)), reverse=True)
+        fresh = sorted(
+            ((over[place], place) for place in self._repeats.fresh(number, over, max(QUIET, turns))), reverse=True
+        )
         if not fresh:
             return None
         score, place = fresh[0]
         others = f"; so did {listed([name for _, name in fresh[1:]])}" if fresh[1:] else ""
-        turns = "" if self._turns == 1 else f"; it is checked in one step of {self._turns}, and may have done so before"
+        seldom = "" if turns == 1 else f"; it is checked in one step of {turns}, and may have done so before"
         words = (
             f"alarm in step {number} at {place}: since the step before, {place} moved by what its optimizer's step "
-            f"does not explain, {score:.3g} times what rounding may make of it{others}{turns}"
+            f"does not explain, {score:.3g} times what rounding may make of it{others}{seldom}"
         )
         return AlarmEvent(number, SIGNAL, place, score, words)

@@ -32,17 +32,18 @@ class Failures:
         return self.__dict__ | {"_error": None, "all_stopped": True, "before_raise": None, "at_call": None}
 
     def stop(self, metrics: Iterable[Metric], error: Exception, step: int, window: int) -> None:
-        """Stop metrics in this step of this window, warn, and keep the error, but not where it is about the model and
-        they can be done without; the others go on."""
+        """Stop metrics in this step of this window, warn, and keep the error, but not where they can be done without;
+        the others go on."""
         stopping = [metric for metric in metrics if not metric.off]
         for metric in stopping:
             metric.off = f"stopped recording in step {step}: {error}"
             self._stopped[metric.name] = window
             metric.observe_stop(metric.off)
-        self.all_stopped = all(metric.off for metric in self._metrics.values())
         if stopping and _can_be_done_without(stopping, error):
             self.warn(f"lipcore turned {' and '.join(metric.name for metric in stopping)} off: {error}")
-        elif stopping:
+            return
+        self.all_stopped = all(metric.off for metric in self._metrics.values())
+        if stopping:
             self._error = self._error or error
             names = "" if self.all_stopped else f" {' and '.join(metric.name for metric in stopping)}"
             warn_in_hook(f"lipcore stopped recording{names}: {error}", RuntimeWarning, stacklevel=6)
@@ -114,5 +115,6 @@ class Failures:
 
 def _can_be_done_without(metrics: Iterable[Metric], error: Exception) -> bool:
     """Return whether these are metrics that nobody has asked for, and the error says that the model has no such
-    numbers."""
-    return isinstance(error, ValueError) and all(metric.optional for metric in metrics)
+    numbers; or of those that only warn, whatever it says."""
+    about_model = isinstance(error, ValueError)
+    return all(metric.warns_only or (metric.optional and about_model) for metric in metrics)

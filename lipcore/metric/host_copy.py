@@ -31,3 +31,13 @@ class HostCopy:
         """Return the copies; waits until they are there."""
         self._event.synchronize()
         return self._copies
+
+
+def as_bits(numbers: Tensor) -> Tensor:
+    """Return numbers as int64, those of floating-point ones by the bits of float64, so that all go in one copy."""
+    return numbers.double().view(torch.int64) if numbers.is_floating_point() else numbers.long()
+
+
+def of_bits(bits: Tensor, numbers: Tensor) -> Tensor:
+    """Return from what :func:`as_bits` has made of numbers what they are: float64 or int64."""
+    return bits.view(torch.float64) if numbers.is_floating_point() else bits

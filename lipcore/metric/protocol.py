@@ -89,6 +89,7 @@ class Metric(ABC):
 
     name: str  #: first part of every key
     optional: bool = False  #: where it does not apply it turns itself off instead of raising
+    warns_only: bool = False  #: whatever stops it is a warning: what it is there for goes on without it
     reads_masters: bool = False  #: looks at master copies, which parameters follow after the step
     before_moves: Callable[[], None] | None = None  #: tells the engine that the user moves the parameters by hand
     prefix: str = ""  #: what stands before the names of parameters; the engine sets it before bind()
@@ -105,7 +106,7 @@ class Metric(ABC):
             *("observe_record", "observe_layers", "observe_unrecorded", "observe_step", "observe_skipped_step"),
             *("observe_proof", "observe_loss", "observe_batch", "observe_output", "wants_outputs"),
             *("observe_used_gradients", "before_step", "after_step_of", "observe_late_move"),
-            *("observe_stop", "rank_part", "on_call", "rest", "wake", "rests"),
+            *("observe_stop", "rank_part", "on_call", "rest", "wake", "rests", "warns_only"),
             *("split_state", "joined_state", "empty_state", "add_states", "continues", "load_ranks"),
         }
     )

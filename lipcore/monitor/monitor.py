@@ -377,8 +377,9 @@ class Monitor(Engine):
         trajectory = trajectory_of(self.metrics.values())
         optimizers = updating(self._optimizers)
         has_norms, logs = trajectory is not None, lambda: self._logged.begun
-        turns = 1 if trajectory is None else trajectory.movement_turns
-        given: dict[str, Any] = {"has_norms": has_norms, "meets": self._meets_ranks, "turns": turns}
+        given: dict[str, Any] = {"has_norms": has_norms, "meets": self._meets_ranks}
+        if trajectory is not None:
+            given["turns"] = lambda: trajectory.movement_turns  # others after a rebind()
         alarms._begin(optimizers, self._failures.keep, logs, **given)
         if trajectory is not None:
             trajectory.listen(alarms._norms, prompt=True)
@@ -387,7 +388,7 @@ class Monitor(Engine):
             if "rms_t" in alarms.signals and trajectory.why_no_rms_t:
                 self._failures.warn(f"alarms: rms_t never alarms: {trajectory.why_no_rms_t}")
         self._logged.listen(alarms._logged, prompt=True)
-        self._listeners.append(AlarmsListener(alarms))
+        self._listeners.append(AlarmsListener(alarms, trajectory))
         if alarms.snapshot is not None:
             parts = (rank(), self.model, self._optimizers, self._scaler)
             self._snapshots = Snapshots(alarms.snapshot, *parts, self._failures.warn)

@@ -115,7 +115,8 @@ class PerSampleMetric(StandaloneMetric):
         self.scores: Any = make_scores()
         self.loss_scores = SampleScores()
         self._step_listeners: list[StepListener] = []
-        self._resting = False  # nothing is recorded until wake()
+        self._on_call = False  # once it is in a Monitor, it rests until wake()
+        self._resting = False  # nothing is recorded until then
         self._layer_index = LayerIndex({})
         self._open_step = OpenStep(None, make_scores)
         self._blocks = 1
@@ -163,16 +164,22 @@ class PerSampleMetric(StandaloneMetric):
 
     def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:
         # Here and not in tapped(): before anything of it changes, and before the layers are tapped for other metrics.
-        if self._capture is not None and (self._capture.watches or self._capture.resting):
+        if self._is_taken:
             raise ValueError(
                 f"metrics: this {type(self).__name__} watches a model already (alone, or in another Monitor), and "
                 "would count every backward pass twice; close() that one first, or make a metric of its own for this "
                 "Monitor"
             )
-        self._blocks = window_blocks
+        self._blocks, self._resting = window_blocks, self._on_call
+        self._step_listeners = []  # those of a Monitor before hear no more
         self._doubts, self._unproved = Doubts(window_blocks), Unproved(window_blocks)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._unknown_scale = ""
+
+    @property
+    def _is_taken(self) -> bool:
+        """True while it watches a model, or rests beside one."""
+        return self._capture is not None and (self._capture.watches or self._capture.resting)
 
     def bind(self, model: nn.Module) -> None:
         """Bind to no parameters yet: they and the layers are found when the layers are tapped."""
@@ -180,7 +187,7 @@ class PerSampleMetric(StandaloneMetric):
 
     def needs(self) -> Needs:
         """Say that all layers are to be tapped; and of the gradients, for the noise scale."""
-        return Needs(layers=self._options, gradients=self._wants_noise and not self._stands_alone)
+        return Needs(layers=self._options, gradients=self._has_noise and not self._stands_alone)
 
     def tapped(self, layers: TappedLayers) -> None:
         """Take the tapped layers, and start anew where they are others than before."""
@@ -206,7 +213,7 @@ class PerSampleMetric(StandaloneMetric):
             self._window, self._noise = BlockWindow(places, self._blocks), None
         sums, places = None, len(self._layers) + 1
         self._holding = Holding(self._held)
-        if self._wants_noise:
+        if self._has_noise:
             self._noise = self._noise or NoiseScale(places)
             sums = NoiseSums(self._layer_index, layers.coverage.parameters)
             numbers = [self._layer_index.number[layer] for layer in self._layer_index.layer_of.values()]
@@ -233,10 +240,42 @@ class PerSampleMetric(StandaloneMetric):
 
     # ---- at rest, until something asks for numbers
 
-    def on_call(self) -> None:
-        """Be one that rests until :meth:`wake`; called before bind(). It has no noise scale: windows of ranks of which
-        some rest have no steps in common."""
-        self._wants_noise, self._resting = False, True
+    def on_call(self, called: bool) -> None:
+        """Be one that rests until :meth:`wake`, or one that does not; called before prepare(), which refuses one that
+        is taken: that stays what it is."""
+        if not self._is_taken:
+            self._on_call = called
+
+    @property
+    def _has_noise(self) -> bool:
+        """True where it estimates the noise scale; not on call, since windows of ranks of which some rest have no
+        steps in common."""
+        return self._wants_noise and not self._on_call
+
+    @property
+    def _lacks_noise(self) -> bool:
+        """True where it was to have one, and is on call."""
+        return self._wants_noise and self._on_call
+
+    @property
+    def _unlike_noise(self) -> str:
+        """Words on another one, where only one of the two has a noise scale, with what to do."""
+        if self._noise is not None:
+            return (
+                "has none, since it was made with noise_scale=False or under Alarms(per_sample=...), and this metric "
+                "has a noise scale; pass noise_scale=False, or such Alarms, here too"
+            )
+        if self._lacks_noise:
+            return (
+                "has a noise scale, and this metric has none under Alarms(per_sample=...); make the Monitor with "
+                "Alarms that have no per_sample="
+            )
+        return "has a noise scale, and this metric has none; make it without noise_scale=False"
+
+    @property
+    def warns_only(self) -> bool:  # type: ignore[override]
+        """True on call: alarms are to end no training, and what stops the metric comes to light after one alone."""
+        return self._on_call
 
     @property
     def rests(self) -> bool:
@@ -416,8 +455,9 @@ class PerSampleMetric(StandaloneMetric):
         recorded = bool(self._open_step)
         if recorded and self._step_listeners:
             batches = self._open_step.batches()
+            doubt = self._doubt_of(batches)
             for listener in self._step_listeners:
-                listener.step_samples(batches)
+                listener.step_samples(batches, doubt)
         self._open_step.take_into(self._window.open, self.scores, self.loss_scores)
         if self._open_step.sums is not None and self._noise is not None and self._shared is not None:
             self._shared.finish(self._noise, recorded, self._steps % self._every == 0)
@@ -432,11 +472,22 @@ class PerSampleMetric(StandaloneMetric):
         if self._capture is not None and not self._resting:
             self._capture.active = self._steps % self._every == 0
 
+    def _doubt_of(self, batches: Sequence[MicroBatch]) -> str:
+        """Return why numbers of these micro-batches are not known, not proved, or not of all parameters; "" where
+        they are."""
+        records = [batch.norms.record for batch in batches]
+        missing = next(filter(None, (record.broken or record.hidden for record in records)), "")
+        unproved = self._unknown_scale or next(filter(None, (record.unproved for record in records)), "")
+        return "; ".join(filter(None, (missing, unproved and f"not proved: {unproved}", self._share_note)))
+
+    @property
+    def _share_note(self) -> str:
+        share = self._capture.coverage.share if self._capture is not None else ""
+        return f"over the covered parameters only: {share}" if share else ""
+
     def _tell_of_silence(self) -> None:
         """Warn that no step has brought a number so far, where the reasons are known."""
-        reasons = list(self._capture.unrecorded) if self._capture is not None else []
-        reasons += self._without_loss
-        if reasons:
+        if reasons := self.unrecorded:
             message = f"lipcore has recorded no sample for {self.name} in {_SILENT} steps: {'; '.join(reasons)}"
             self._raised = warn_in_hook(message, UserWarning) or self._raised
 
@@ -581,6 +632,7 @@ class PerSampleMetric(StandaloneMetric):
         every = f" in every {self._every}th step" if self._every > 1 else ""
         proofs = f"; {self._capture.proofs}" if self._capture is not None else ""
         proofs = f"; {_RESTS}{proofs}" if self._resting else proofs
+        proofs += "; it has no noise scale, since it is on after alarms alone" * self._lacks_noise
         lines = [PlanLine("all", f"{self._reduction}{every}{proofs}", 2048 * (len(self._layers) + 1) * self._columns)]
         lines += self._own_plan()
         if self._capture is None:
@@ -599,13 +651,18 @@ class PerSampleMetric(StandaloneMetric):
         lines += [PlanLine(name, f"not covered: {why}") for name, why in self._capture.coverage.uncovered.items()]
         return PlanLines(lines)
 
+    @property
+    def unrecorded(self) -> dict[str, int]:
+        """Reasons why backward passes were not recorded, each with how many there were."""
+        return ({} if self._capture is None else dict(self._capture.unrecorded)) | self._without_loss
+
     def _facts(self) -> dict[str, Any]:
         """Return what was not recorded, not proved, taken back and not covered."""
         if self._capture is None:
             return {}
         doubts, taken_back = self._doubts.counts(), self._unproved.taken_back.counts()
         uncovered = dict(self._capture.coverage.uncovered)
-        facts: dict[str, Any] = {"unrecorded": dict(self._capture.unrecorded) | self._without_loss}
+        facts: dict[str, Any] = {"unrecorded": self.unrecorded}
         facts["proved"] = not doubts
         more = {"taken_back": taken_back, "not_proved": doubts, "not_covered": uncovered}
         return facts | {name: found for name, found in more.items() if found}
@@ -632,9 +689,7 @@ class PerSampleMetric(StandaloneMetric):
         result = MetricResult(self.name, dropped_samples=self._dropped)
         result.details.update(self._facts())
         doubts = self._doubts.counts()
-        share = capture.coverage.share if capture is not None else ""
-        note = f"over the covered parameters only: {share}" if share else ""
-        self._add_numbers(result, note, next(iter(doubts), ""))
+        self._add_numbers(result, self._share_note, next(iter(doubts), ""))
         if self._noise is not None:
             add_noise(result, self._layers, total_of(capture), self._noise, self._open_step.sums)
         if self._waits and self._window.unproved:
@@ -714,7 +769,7 @@ class PerSampleMetric(StandaloneMetric):
         scores = self._make_scores()
         noise = state.get("noise")
         if not isinstance(noise, dict) or bool(noise) != (self._noise is not None):
-            raise ValueError("noise: the state was made with the other setting of noise_scale=")
+            raise ValueError(f"noise: the state {self._unlike_noise}")
         shared = checked_shared(state.get("shared"), len(self._layers) + 1)
         with under_key("scores"):
             scores.load_state_dict(state.get("scores"))  # type: ignore[arg-type]
@@ -780,7 +835,7 @@ class PerSampleMetric(StandaloneMetric):
         if other._columns != self._columns:
             raise ValueError(f"other: it has {other._columns} distributions per layer, this one {self._columns}")
         if (other._noise is None) != (self._noise is None):
-            raise ValueError("other: it was made with the other setting of noise_scale=")
+            raise ValueError(f"other: it {self._unlike_noise}")
         if self._noise is not None and other._noise is not None:
             self._noise.merge(other._noise)
             self._unproved.merge(other._noise)

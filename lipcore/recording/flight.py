@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lipcore.metric.host_copy import HostCopy
+from lipcore.metric.host_copy import HostCopy, as_bits, of_bits
 from lipcore.metric.listener import Listener
 from lipcore.metric.pace import Pace
 from lipcore.per_sample.open_step import MicroBatch
@@ -120,7 +120,7 @@ class Flight(Listener, StepListener):
         del self._given[: self._passed or None]
         self._passed = 0
 
-    def step_samples(self, batches: Sequence[MicroBatch]) -> None:
+    def step_samples(self, batches: Sequence[MicroBatch], doubt: str) -> None:
         named = [batch for batch in batches if batch.ids is not None]
         if named:  # in the place of what the loop has said of them
             self._samples[self._step] = [(b.ids, b.norms.per_sample.detach(), b.losses) for b in named]
@@ -168,7 +168,7 @@ class Flight(Listener, StepListener):
         for step in self._generators.keys() - samples.keys():
             samples[step] = []
         batches = [batch for step in sorted(samples) for batch in samples[step]]
-        on_device = [_bits(tensor) for batch in batches for tensor in batch if tensor is not None and tensor.is_cuda]
+        on_device = [as_bits(tensor) for batch in batches for tensor in batch if tensor is not None and tensor.is_cuda]
         if len({tensor.device for tensor in on_device}) == 1:
             self._copied = samples, HostCopy(torch.cat(on_device))
         else:
@@ -204,8 +204,7 @@ class Flight(Listener, StepListener):
             if copied is None or not tensor.is_cuda:
                 return tensor.cpu().numpy()
             at += len(tensor)
-            bits = copied[at - len(tensor) : at]
-            return (bits.view(torch.float64) if tensor.is_floating_point() else bits).numpy()
+            return of_bits(copied[at - len(tensor) : at], tensor).numpy()
 
         found = []
         for step in sorted(samples):
@@ -246,11 +245,6 @@ def checked_generator(state: Any) -> Tensor | None:
         what = str(state.dtype) if isinstance(state, Tensor) else type(state).__name__
         raise TypeError(f"rng_state: expected what torch.get_rng_state() returns, a uint8 tensor, got {what}")
     return state.detach().flatten().clone()
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Return numbers as int64, those of floating-point ones by their bits, so that all go in one copy."""
-    return tensor.double().view(torch.int64) if tensor.is_floating_point() else tensor.long()
 
 
 def _groups(optimizer: Any) -> Any:

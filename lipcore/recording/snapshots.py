@@ -49,35 +49,38 @@ class Snapshots(Listener):
     ) -> None:
         self._wanted, self._name, self._warn = wanted, f"rank{rank}", warn
         self._model, self._optimizers, self._scaler = model, optimizers, scaler
-        self._event: AlarmEvent | None = None
-        self._last: int | None = None  # the step of the alarm whose files were written
+        self._waiting: list[AlarmEvent] = []  # for their files
+        self._taken: list[int] = []  # steps of the alarms that have waited, of those that wait too
 
     @property
     def due(self) -> bool:
         """True while an alarm's files wait to be written."""
-        return self._event is not None
+        return bool(self._waiting)
 
     def hear(self, event: AlarmEvent) -> None:
-        """Have an alarm's files written, but where they would be those of an alarm shortly before."""
-        if self._event is None and (self._last is None or event.step > self._last + QUIET):
-            self._event = event
+        """Have an alarm's files written, but where they would be those of an alarm shortly before. Alarms of other
+        ranks may come after later ones of this rank."""
+        if not any(0 <= event.step - step <= QUIET for step in self._taken):
+            self._taken.append(event.step)
+            self._waiting.append(event)
 
     def state_loaded(self, step: int) -> None:
-        self._event = self._event if self._event is not None and self._event.step <= step else None
-        self._last = self._last if self._last is not None and self._last <= step else None
+        self._waiting = [event for event in self._waiting if event.step <= step]
+        self._taken = [taken for taken in self._taken if taken <= step]
 
     def write(self, step: int, record: RunRecord | None, *, amid_step: bool = False) -> None:
-        """Write the files of the alarm that waits. Nothing is raised. Waits for a device.
+        """Write the files of the alarms that wait. Nothing is raised. Waits for a device.
 
         Args:
             step: how many were made.
             record: of the run, where there is one.
             amid_step: some parameters have moved since, in a step that was not over, or not counted, at the end of all.
         """
-        event, self._event = self._event, None
-        if event is None:
-            return
-        self._last = event.step
+        waiting, self._waiting = self._waiting, []
+        for event in waiting[-self._wanted.keep :]:  # those before would be removed at once
+            self._write_of(event, step, record, amid_step=amid_step)
+
+    def _write_of(self, event: AlarmEvent, step: int, record: RunRecord | None, *, amid_step: bool) -> None:
         folder = Path(self._wanted.folder) / f"step{event.step}"
         parts: list[tuple[str, Callable[[Path], None]]] = []
         if record is not None:

@@ -249,6 +249,7 @@ class Trajectory(Metric):
 
     def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:
         """Take the optimizers, the GradScaler and the blocks per window of the Monitor."""
+        self._refuse_bound()  # before anything of it changes
         if self._window_blocks not in (1, window_blocks):
             raise ValueError(
                 f"window_blocks: the Monitor slides its windows, with {window_blocks} blocks; set it there alone, not "
@@ -259,16 +260,19 @@ class Trajectory(Metric):
 
     def bind(self, model: Model) -> None:
         """Take the reference point."""
-        if self._numbers is not None:
-            raise RuntimeError(_ONLY_NUMBERS)
-        if self._watched:
-            raise RuntimeError("this Trajectory is bound to a model already; make one Trajectory per model")
+        self._refuse_bound()
         if self._given_optimizer is not None:
             given = self._given_optimizer
             self._optimizers = [given] if isinstance(given, Optimizer) else list(given)
         # An iterator is read once, a rebind() later must find the same pairs.
         self._model = list(model) if isinstance(model, Iterator) else of_modules(model)
         self._build(find_watched(self._model, self._groups, self._masters, self.prefix))
+
+    def _refuse_bound(self) -> None:
+        if self._numbers is not None:
+            raise RuntimeError(_ONLY_NUMBERS)
+        if self._watched:
+            raise RuntimeError("this Trajectory is bound to a model already; make one Trajectory per model")
 
     def _build(self, held: list[WatchedParameter]) -> None:
         watched, wanted = self._share_of(held), self._wanted
@@ -571,13 +575,17 @@ class Trajectory(Metric):
         if self._watched:
             self._single.start(self._built)
 
-    def explain(self) -> None:
-        """Look, once bound, in every step for movement that the optimizers did not make."""
-        self._wanted = replace(self._wanted, explains=True)
+    def look_for(self, *, movement: bool, normalized: bool) -> None:
+        """Look, once bound, in every step for movement that the optimizers did not make; keep, with
+        ``source="optimizer"``, the RMS of normalised updates of each step. One that is bound stays as it is."""
+        if not self._watched:
+            self._wanted = replace(self._wanted, explains=movement, normalizes=normalized)
 
-    def normalize(self) -> None:
-        """Keep, once bound and with ``source="optimizer"``, the RMS of normalised updates of each step."""
-        self._wanted = replace(self._wanted, normalizes=True)
+    def look_no_more(self) -> None:
+        """End the look for movement, whose copies go: no step comes any more, behind a rebind() neither."""
+        self._wanted = replace(self._wanted, explains=False)
+        if self._built.unexplained is not None:
+            self._built.unexplained.end()
 
     @property
     def checks_movement(self) -> bool:

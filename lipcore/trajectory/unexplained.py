@@ -94,6 +94,7 @@ class Unexplained:
         self._sources = [self._source_of(found.optimizers, share) for share in self._shares if share]
         self._turn = 0
         self._copies: list[Tensor] | None = None  # of those whose turn it is
+        self._over = False  # no step comes any more
         self._each: Sums | None = None
         device = table.rows.device
         self._units_sq, self._index = [], []
@@ -138,9 +139,13 @@ class Unexplained:
         self._sources, self._each, self._copies, self.bytes = [], None, None, 0
         self.why_not = self.why_not | dict.fromkeys(self._names, why)
 
+    def end(self) -> None:
+        """Let the copies go: no step comes any more."""
+        self._over, self._copies, self._each = True, None, None
+
     def begin(self) -> None:
         """Check the next step from the parameters as they are now: they were set by something else than a step."""
-        if self._previous is None and self._sources:
+        if self._previous is None and self._sources and not self._over:
             self._copies = None  # the old ones go before new ones come
             share = self._shares[self._turn]
             self._copies = [self._watched[i].tensor.detach().clone() for i in share if self._watched[i].there]

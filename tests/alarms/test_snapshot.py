@@ -247,6 +247,31 @@ def test_an_alarm_shortly_after_another_has_none(tmp_path: Path) -> None:
     assert not said
 
 
+def test_an_earlier_alarm_that_is_heard_of_late_has_its_files(tmp_path: Path) -> None:
+    from lipcore.alarms import AlarmEvent
+    from lipcore.recording.snapshots import Snapshots
+
+    said: list[str] = []
+    snapshots = Snapshots(Snapshot(tmp_path, states=True, keep=2), 0, nn.Linear(1, 1), [], None, said.append)
+
+    def hear(*steps: int) -> None:
+        for step in steps:  # of other ranks, where they meet
+            snapshots.hear(AlarmEvent(step, "loss", "total", 4.0, "", rank=1))
+
+    hear(95)
+    snapshots.write(96, None)
+    hear(50, 51, 60)
+    snapshots.write(100, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step50", "step95"]
+    hear(110, 95, 50, 150, 200, 250)  # 110 is soon after 95; of the others those are written that would be kept
+    assert snapshots.due
+    snapshots.write(260, None)
+    assert not snapshots.due
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step200", "step250"]
+    assert torch.load(tmp_path / "step200" / "rank0.pt")["step"] == 260
+    assert not said
+
+
 def test_it_is_written_before_the_training_stops(tmp_path: Path) -> None:
     with pytest.raises(AlarmStop):
         train(Snapshot(tmp_path / "s", states=True), stop=True, run=tmp_path / "a")

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import struct
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -396,6 +397,25 @@ def test_in_turns_what_lasts_is_found_once_and_what_does_not_where_its_turn_is(w
 
 
 @pytest.mark.usefixtures("one_at_a_time")
+def test_turns_are_those_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a rebind() parameters may be checked more often, or more seldom, than before."""
+    run = Run("adam", **IN_TURNS["updates"])
+
+    def lasts(run: Run, step: int) -> None:
+        if step == 1:  # while nothing is found
+            monkeypatch.undo()
+            run.monitor.rebind()
+        if step >= AT:
+            run.weight.data.mul_(0.99)
+
+    ((step, message),) = [(event.step, event.message) for event in run.go(before_step=lasts, steps=20)]
+    assert step == AT
+    assert "it is checked in one step of" not in message
+    plain = copy.deepcopy(run.monitor)
+    assert [event.step for event in plain.alarms.events] == [AT]
+
+
+@pytest.mark.usefixtures("one_at_a_time")
 @pytest.mark.parametrize("optimizer", few(list(OPTIMIZERS), 1))
 @pytest.mark.parametrize("what", few(list(HARMLESS), 3))
 def test_in_turns_nothing_else_is_told(what: str, optimizer: str) -> None:
@@ -428,6 +448,22 @@ def test_in_turns_with_several_optimizers_and_a_scaler_that_skips() -> None:
 def test_small_models_are_checked_in_every_step_without_lasting_copies() -> None:
     events = Run("adam", **IN_TURNS["updates"]).go(between=scale)
     assert [(event.step, event.place) for event in events] == [(AT, "blocks.0.weight")]
+
+
+def test_the_end_lets_the_copies_go() -> None:
+    run = Run("adam", **IN_TURNS["updates"])
+    check = run.monitor.metrics["trajectory"]._built.unexplained  # type: ignore[attr-defined]
+    run.model(torch.arange(4)).square().mean().backward()
+    run.optimizers[0].step()
+    state = run.monitor.state_dict()
+    copies = [weakref.ref(copy) for copy in check._copies]
+    assert len(copies) == check.checked
+    run.monitor.close()
+    assert [copy() for copy in copies] == [None] * len(copies)
+    run.monitor.load_state_dict(state)
+    run.monitor.rebind()
+    assert check._copies is None
+    assert run.monitor.metrics["trajectory"]._built.unexplained is None  # type: ignore[attr-defined]
 
 
 def test_training_stays_bit_for_bit_the_same() -> None:

@@ -444,7 +444,7 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     with pytest.raises(ValueError, match="layers: the state has"):
         monitor.load_state_dict(other.state_dict())
     _, silent = monitored(mlp, noise_scale=False)
-    with pytest.raises(ValueError, match="noise: the state was made with the other setting"):
+    with pytest.raises(ValueError, match="noise: the state has none, since it was made with noise_scale=False"):
         monitor.load_state_dict(silent.state_dict())
     for key, value in (("version", 99), ("scores", {}), ("open", []), ("noise", {"x": 1})):
         state = opened(monitor.state_dict())

@@ -285,7 +285,7 @@ def test_norms_that_are_taken_back_are_not_in_the_record(tmp_path: Path) -> None
 
     def step(number: int) -> None:
         flight.begin_step(number)
-        flight.step_samples([MicroBatch(Norms([1.0, 2.0]), torch.tensor([number, -number]), None)])  # type: ignore[arg-type]
+        flight.step_samples([MicroBatch(Norms([1.0, 2.0]), torch.tensor([number, -number]), None)], "")  # type: ignore[arg-type]
 
     step(1)
     flight.samples_proved()

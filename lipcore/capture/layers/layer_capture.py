@@ -204,7 +204,8 @@ class LayerCapture:
         """Record nothing until :meth:`wake`, with the hooks off. Those of a compiled model, which are in its graph, and
         of a sharded one, whose ranks prove passes together, stay, as in a step that is not to be recorded."""
         self.flush()
-        self.resting = self._rested = True
+        self._rested = True
+        self.resting = self.passes.recording  # what has stopped, or is closed, will not go on: it is at nobody's rest
         if self._compiled or self.proofs.sharded:
             self.active = False
             return
@@ -235,7 +236,7 @@ class LayerCapture:
         """Remove every hook; records that were delivered stay."""
         self.flush()
         self.proofs.withdraw()
-        self.passes.recording = False
+        self.passes.recording = self.resting = False
         self._unhook()
 
     def _unhook(self) -> None:
