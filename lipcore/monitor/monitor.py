@@ -258,8 +258,10 @@ class Monitor(Engine):
                 is no metric of single samples. Nothing was run.
         """
         self._failures.raise_kept()
-        metrics = {n: one for n, one in self.metrics.items() if isinstance(one, PerSampleMetric) and not one.rests}
+        metrics = {n: one for n, one in self.metrics.items() if isinstance(one, PerSampleMetric)}
         captures = {name: one._capture for name, one in metrics.items() if isinstance(one._capture, LayerCapture)}
+        # One at rest without hooks has nothing to prove: it looks at the model anew when it wakes.
+        captures = {n: one for n, one in captures.items() if not metrics[n].rests or one.proves_at_rest}
         at_inputs = self._capture.to_prove
         taps = {name: metric.needs().taps for name, metric in self.metrics.items()}
         inputs = {name: at.prove for name, mine in taps.items() for tap, at in at_inputs.items() if tap in mine}

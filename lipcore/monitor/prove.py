@@ -51,10 +51,13 @@ def prove_together(
     state |= {name: _STOPPED if name in off else "" for name in inputs}
     headers = _met(partners, group, step, {"version": 1, "call": _CALL, "metrics": list(map(list, state.items()))})
     _check_alike(headers, group)
-    error: Exception | None = None
     able = {name: capture for name, capture in captures.items() if not state[name]}
+    error: Exception | None = None
     found, asked = dict(state), dict[str, AskedProof]()
-    try:
+    with ExitStack() as stack:
+        stack.callback(let_go, model)
+        for capture in able.values():
+            stack.enter_context(capture.awake())
         try:
             asked = _run(model, arguments, keywords, able) if captures else {}
         except Exception as raised:  # the other ranks wait for a word of this one
@@ -71,8 +74,6 @@ def prove_together(
             found |= {name: prove(arguments, keywords) for name, prove in inputs.items() if not state[name]}
         elif error is None:
             found |= {name: _RAISED for name in inputs if not state[name]}
-    finally:
-        let_go(model)
     told = _met(partners, group, step, {"version": 1, "call": f"{_CALL}, what it found", "found": found})
     if error is not None:
         raise error
@@ -119,7 +120,7 @@ def _state(capture: LayerCapture, *, stopped: bool) -> str:
     """Return why this rank cannot take part in a metric's proof, or ""."""
     if stopped or not capture.watches:
         return _STOPPED
-    return "" if capture.active else _INACTIVE
+    return "" if capture.active or capture.resting else _INACTIVE
 
 
 def _check_mesh(model: nn.Module, group: Group | None, partners: Partners) -> None:

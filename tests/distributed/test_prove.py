@@ -17,6 +17,7 @@ from rank_situations import fsdp
 from torch import nn
 
 from lipcore import Lipschitz, Monitor, PerSampleGradDots, PerSampleGradNorms, TensorStats, Trajectory
+from lipcore.alarms import Alarms
 from lipcore.monitor import prove
 
 FLAWS = {
@@ -40,7 +41,7 @@ def found(tmp_path_factory: Any) -> Found:
 
 def test_every_situation_is_in_the_table() -> None:
     assert sorted(name for name, *_ in situations(2)) == sorted(
-        ["ddp", "fsdp2", "on_rank_0_alone", "one_sample", *FLAWS, *REFUSED]
+        ["ddp", "fsdp2", "on_rank_0_alone", "one_sample", "at_rest", *FLAWS, *REFUSED]
     )
 
 
@@ -90,6 +91,15 @@ def test_what_one_rank_leaves_open_is_told_on_all(found: Found) -> None:
 
 
 @pytest.mark.ci
+def test_ranks_prove_together_where_some_are_at_rest(found: Found) -> None:
+    for rank, numbers in enumerate(found["at_rest"]):
+        assert isinstance(numbers, dict), numbers
+        assert numbers["answers"] == [{NAME: ""}] * 2
+        assert numbers["rests"] == [True, rank == 1]
+        assert numbers["doubts"] == [""]
+
+
+@pytest.mark.ci
 def test_a_rank_that_does_not_come_is_named(found: Found) -> None:
     first, second = found["on_rank_0_alone"]
     assert isinstance(first, dict), first
@@ -133,6 +143,29 @@ def sharded() -> Iterator[tuple[Net, Any, Monitor]]:
         yield model, optimizer, monitor
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("proves", [False, True])
+def test_a_sharded_model_at_rest_is_proved_for_the_steps_after_an_alarm(
+    sharded: tuple[Net, Any, Monitor], proves: bool
+) -> None:
+    model, optimizer, monitor = sharded
+    monitor.close()
+    alarms = Alarms(signals=["loss"], per_sample=2)
+    metrics = [Trajectory(), PerSampleGradNorms(loss_reduction="mean")]
+    optimizer, monitor = monitored(model, metrics, alarms=alarms)
+    with monitor:
+        train(model, optimizer, 0, range(2))
+        if proves:
+            assert monitor.prove(batch_of(0, 100)) == {NAME: ""}
+        train(model, optimizer, 0, range(2, 3))
+        assert metrics[1].rests
+        assert monitor.history[0][NAME].norm["total"].mean.count == 0
+        monitor.log_batch([1, 1, 2, 3], epoch=0)
+        train(model, optimizer, 0, range(3, 6))
+    assert alarms.samples[0].count == 8
+    assert alarms.samples[0].doubt.startswith("" if proves else "not proved: statistics over the batch")
+    assert bool(alarms.samples[0].doubt) is not proves
 
 
 def proved_windows(sharded: tuple[Net, Any, Monitor], steps: int) -> list[bool]:

@@ -12,6 +12,7 @@ from sample_situations import quiet
 from torch import Tensor, nn
 
 from lipcore import Lipschitz, Monitor, PerSampleGradDots, PerSampleGradNorms, Trajectory
+from lipcore.alarms import Alarms
 
 DDP = nn.parallel.DistributedDataParallel
 NAME = "per_sample_grad_norm"
@@ -175,6 +176,26 @@ def other_metrics(rank: int, world: int) -> Any:
     return monitor.prove(batch_of(rank, 100))
 
 
+def at_rest(rank: int, world: int) -> dict[str, Any]:
+    """All ranks are at rest when they prove a batch, and then have an alarm; rank 0 has one of its own after that."""
+    alarms = Alarms(signals=["loss"], per_sample=2)
+    norms = PerSampleGradNorms(loss_reduction="mean")
+    optimizer, monitor = monitored(model := fsdp(made()), [Trajectory(), norms], alarms=alarms)
+    with monitor:
+        train(model, optimizer, rank, range(1))
+        answers, rests = [monitor.prove(batch_of(rank, 100))], [norms.rests]
+        monitor.log_batch([1, 1, 2, 3], epoch=0)
+        train(model, optimizer, rank, range(1, 5))
+        doubts = [found.doubt for found in alarms.samples]
+        if rank == 0:
+            monitor.log_batch([1, 1, 2, 3], epoch=1)
+        train(model, optimizer, rank, range(5, 6))
+        answers.append(monitor.prove(batch_of(rank, 101)))
+        rests.append(norms.rests)
+        train(model, optimizer, rank, range(6, 9))
+    return {"answers": answers, "rests": rests, "doubts": doubts}
+
+
 def apart(rank: int, world: int) -> Any:
     """A model that is spread over ranks, and group=None."""
     _, monitor = monitored(fsdp(made()), group=None)
@@ -191,5 +212,5 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
                 ranks,
                 quiet(lambda rank, world, name=name, flaw=flaw: flawed(rank, name, flaw)),  # type: ignore[misc]
             )
-    for work in (on_rank_0_alone, one_sample, other_metrics, apart):
+    for work in (on_rank_0_alone, one_sample, at_rest, other_metrics, apart):
         yield work.__name__, ranks, quiet(work)

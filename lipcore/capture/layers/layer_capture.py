@@ -290,6 +290,23 @@ class LayerCapture:
         """Deliver the passes whose end no callback tells; see :meth:`Passes.flush`."""
         self.passes.flush()
 
+    @property
+    def proves_at_rest(self) -> bool:
+        """True where it rests with the hooks on, and keeps what is proved until it wakes."""
+        return self.resting and self.watches and self.proofs.sharded
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Take part in proofs in the with block, also at rest."""
+        active = self.active
+        if self.resting:
+            self.active = True
+        try:
+            yield
+        finally:
+            if self.resting:
+                self.active = active
+
     @contextmanager
     def proving(self) -> Iterator[AskedProof]:
         """Prove the pass of the model in the with block, which is none of the training's."""
