@@ -320,6 +320,22 @@ def test_choice_on_a_cuda_device(x, grad, kernel, groups, method):
     assert found == F.linear_method(math.prod(grad[2:]), patch, grad[1] // groups)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_shape": [1, 2]}, r"^x_shape: expected \[B, C, \*space\], one to three .*got \[1, 2\]"),
+        ({"x_shape": [1, 2, 4, 4, 4, 4]}, r"^x_shape: .*one to three spatial dimensions, got \[1, 2, 4, 4, 4, 4\]"),
+        ({"grad_shape": [1, 2, 4]}, r"^grad_shape: expected \[B, O, \*space\] with the 2 .*got \[1, 2, 4\]"),
+        ({"kernel_size": [1]}, r"^kernel_size: expected 2 integers, one per spatial dimension of x_shape, got \[1\]"),
+        ({"padding": [0, 0, 0]}, r"^padding: expected 2 integers, one per .*got \[0, 0, 0\]"),
+    ],
+)
+def test_a_choice_for_sizes_that_do_not_fit(change, message):
+    sizes = {"x_shape": [1, 2, 4, 4], "grad_shape": [1, 2, 4, 4], "kernel_size": [1, 1], "padding": [0, 0]}
+    with pytest.raises(ValueError, match=message):
+        conv_method(**sizes | change)
+
+
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "op"])
 @pytest.mark.parametrize(
     ("change", "error", "message"),
