@@ -23,8 +23,9 @@ class LinearRule(Rule):
 
     def ways(self, module: Any) -> str:
         # A class of one's own under this rule may call its sizes anything.
-        own = isinstance(module, nn.Linear)
-        return lengths_by_gram(module.in_features, module.out_features) if own else super().ways(module)
+        if not isinstance(module, nn.Linear):
+            return super().ways(module)
+        return lengths_by_gram(module.in_features, module.out_features, next(module.parameters()).device)
 
     def save(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
