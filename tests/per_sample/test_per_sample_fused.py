@@ -99,6 +99,21 @@ def test_beside_parameters_that_the_graph_measures(shared: bool, checkpointed: b
     assert ways["a"] == "inside the weight gradient"
 
 
+def test_the_plan_says_from_which_length_on() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Conv1d(LENGTH, 4, 3))
+    with PerSampleGradNorms(model, loss_reduction="sum", fused=True) as metric:
+        before = [line.rule for line in metric.plan()][1:]
+        model(torch.randn(3, LENGTH, 64)).sum().backward()
+        after = next(line.rule for line in metric.plan() if line.what == "0")
+    lengths = "inside the weight gradient from 48 positions on, else Gram up to 28 positions, else direct"
+    assert before[0] == f"Linear: weight, bias, {lengths}"
+    assert before[1] == "Conv1d: weight, bias, Gram or direct, by the sizes"
+    assert after == "Linear: weight, bias, by inside the weight gradient"
+    compiled = torch.compile(model, backend="eager")  # which torch makes the weight gradients of
+    with PerSampleGradNorms(compiled, loss_reduction="sum", fused=True) as metric:
+        assert "weight gradient" not in str(metric.plan())
+
+
 def test_it_is_the_fused_way_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     from lipcore import functional
 
