@@ -171,8 +171,8 @@ class LinearAlike(LinearRule):
         return False
 
     def ways(self, module: Any) -> str:
-        weight = module.weight
-        return lengths_by_gram(*weight.shape, weight.device)  # the same for [O, I] and [I, O]
+        first, second = module.weight.shape
+        return lengths_by_gram(first, second, module.weight.device)  # the same for [O, I] and [I, O]
 
     def save(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
