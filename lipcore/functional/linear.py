@@ -251,6 +251,17 @@ def lengths_by_gram(in_features: int, out_features: int, device: torch.device | 
     return f"Gram {' and '.join(words)} position{'s' * (ranges[-1][1] != 1)}, else direct"
 
 
+def ways(in_features: int, out_features: int, device: torch.device | str) -> str:
+    """Return in words how :func:`linear_norms_sq` will compute the norms on a device, before it has seen dtype and
+    batch.
+
+    >>> ways(64, 64, "cuda")
+    'direct, or torch.bmm for many 16-bit products'
+    """
+    torchs = "" if torch.device(device).type == "cpu" else ", or torch.bmm for many 16-bit products"
+    return lengths_by_gram(in_features, out_features, device) + torchs
+
+
 def way(x: Tensor, grad: Tensor, offsets: Tensor | None, method: Method | None) -> str:
     """Return how :func:`linear_norms_sq` computes the norms of these tensors: "gram", "direct" or "torch.bmm", and of
     how many positions; of packed rows on the CPU, that each sample's length decides."""

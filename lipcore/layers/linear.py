@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipcore.functional.linear import lengths_by_gram
+from lipcore.functional.linear import ways
 from lipcore.layers.calls import as_autocast, is_trainable, tensor_argument
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_outer import Outer
@@ -25,7 +25,7 @@ class LinearRule(Rule):
         # A class of one's own under this rule may call its sizes anything.
         if not isinstance(module, nn.Linear):
             return BY_SIZES
-        return lengths_by_gram(module.in_features, module.out_features, next(module.parameters()).device)
+        return ways(module.in_features, module.out_features, next(module.parameters()).device)
 
     def save(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
