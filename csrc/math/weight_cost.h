@@ -1,6 +1,7 @@
 // Which way of making norms of per-sample weight gradients is cheapest, from shapes alone: one rule for Linear layers
 // and convolutions on all devices. Operators ask it, and through the bindings Python where that chooses and where it
 // says what will be chosen. A cost is a time in multiplications of float32 numbers without tensor cores.
+// From which length on fused=True has the norms made beside the gradient: lipcore/capture/layers/fused_linear.py.
 //
 // A gradient is a sum over positions (tokens, places of a convolution's output) of inputs times outputs; of a
 // convolution, inputs are channels at every tap of the kernel. Patches are never unfolded into memory: by the rates
