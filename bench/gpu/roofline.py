@@ -61,7 +61,7 @@ def linear(samples: int, tokens: int, inputs: int, outputs: int, dtype: str) -> 
     """Return a Linear layer that sees sequences."""
     direct = 2.0 * samples * tokens * inputs * outputs
     size = 2 if dtype == "bfloat16" else 4
-    gram = functional.linear_method(tokens, inputs, outputs) == "gram"
+    gram = functional.linear_method(tokens, inputs, outputs, device="cuda") == "gram"
     by_torch = dtype == "bfloat16" and made_by_torch(samples, tokens, inputs, outputs, tensor_cores=True)
     half = samples * tokens * (tokens + 1.0) * (inputs + outputs)  # a Gram matrix is symmetric
     pieces = -(-samples * inputs * outputs // (1 << 23))

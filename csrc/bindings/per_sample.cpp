@@ -117,22 +117,14 @@ void tied_cross_of(py::handle ids, py::handle grad_embedding, py::handle x, py::
                    result_of(out, i.ndim ? i.shape[0] : 0, i)));
 }
 
-// First and last numbers of positions for which Gram matrices are multiplied.
-std::vector<std::pair<int64_t, int64_t>> linear_gram_lengths(int64_t inputs, int64_t outputs) {
-  const GramLengths lengths = gram_lengths(inputs, outputs);
-  if (lengths.of_all < 1) return {};
-  if (lengths.of_short == lengths.of_all || lengths.of_short == kShortSequence) return {{1, lengths.of_all}};
-  return {{1, lengths.of_short}, {kShortSequence + 1, lengths.of_all}};
-}
-
 // Sizes along one to three dimensions.
 bool conv_uses_gram(const std::vector<int64_t>& size, const std::vector<int64_t>& out,
                     const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& padding, int64_t inputs,
                     int64_t outputs, bool on_cpu) {
   ConvShape shape{1, inputs, outputs, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
-  if (size.size() > 3 || out.size() != size.size() || kernel_size.size() != size.size() ||
+  if (size.empty() || size.size() > 3 || out.size() != size.size() || kernel_size.size() != size.size() ||
       padding.size() != size.size())
-    throw py::value_error("kernel_size: expected as many numbers in it and in padding as there are spatial dimensions");
+    throw py::value_error("size: expected one to three numbers, as many as in out, kernel_size and padding");
   for (size_t d = 0; d < size.size(); ++d) {
     shape.size[d] = size[d];
     shape.out[d] = out[d];
@@ -162,12 +154,15 @@ void bind_per_sample(py::module_& m) {
   m.def("linear_weight_grad", &linear_weight_grad_of, py::arg("x"), py::arg("grad"), py::arg("offsets"),
         py::arg("total"), py::arg("out"));
   m.def(
-      "linear_uses_gram", [](int64_t t, int64_t i, int64_t o) { return linear_method(t, i, o) == LinearMethod::kGram; },
-      py::arg("tokens"), py::arg("inputs"), py::arg("outputs"));
+      "linear_uses_gram",
+      [](int64_t t, int64_t i, int64_t o, bool on_cpu) {
+        return linear_method(t, i, o, on_cpu) == LinearMethod::kGram;
+      },
+      py::arg("tokens"), py::arg("inputs"), py::arg("outputs"), py::arg("on_cpu"));
   m.def("linear_suits_torch", &torch_is_cheaper, py::arg("samples"), py::arg("tokens"), py::arg("inputs"),
         py::arg("outputs"), py::arg("tensor_cores"));
   m.def("linear_suits_one_pass", &one_pass_is_cheaper, py::arg("inputs"), py::arg("outputs"));
-  m.def("linear_gram_lengths", &linear_gram_lengths, py::arg("inputs"), py::arg("outputs"));
+  m.def("linear_gram_lengths", &gram_lengths, py::arg("inputs"), py::arg("outputs"), py::arg("on_cpu"));
   m.def("linear_suits_pairs", &pairs_are_cheaper, py::arg("rows"), py::arg("samples"), py::arg("inputs"),
         py::arg("outputs"));
   m.def("conv_uses_gram", &conv_uses_gram, py::arg("size"), py::arg("out"), py::arg("kernel_size"), py::arg("padding"),

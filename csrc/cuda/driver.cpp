@@ -36,6 +36,12 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+// Errors of a kernel whose code is not there for the device, or not in a form that the driver takes.
+bool lacks_code(int error) {
+  return error == cudaErrorInvalidDeviceFunction || error == cudaErrorInvalidKernelImage ||
+         error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion;
+}
+
 std::string kernel_trouble(int device, const std::string& words) {
   const int number =
       10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
@@ -78,6 +84,7 @@ std::string device_trouble(int device) {
   if (error == cudaSuccess) error = cudaSetDevice(device);
   const auto found = error == cudaSuccess ? static_cast<cudaError_t>(find_kernels().code) : error;
   if (before >= 0 && cudaSetDevice(before) != cudaSuccess) cudaGetLastError();
+  if (!lacks_code(found)) error = found;  // of the device, such as no memory to load its code into
   if (error != cudaSuccess) {
     cudaGetLastError();
     return "cuda:" + std::to_string(device) + " cannot be used: " + cudaGetErrorString(error);
@@ -86,15 +93,7 @@ std::string device_trouble(int device) {
 }
 
 std::string reason_of(int error, int device) {
-  switch (error) {
-    case cudaErrorInsufficientDriver:
-    case cudaErrorInvalidKernelImage:
-    case cudaErrorNoKernelImageForDevice:
-    case cudaErrorUnsupportedPtxVersion:
-      return device_trouble(device);
-    default:
-      return "";
-  }
+  return error == cudaErrorInsufficientDriver || lacks_code(error) ? device_trouble(device) : "";
 }
 
 }  // namespace lipcore::cuda

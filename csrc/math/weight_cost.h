@@ -1,6 +1,7 @@
 // Which way of making norms of per-sample weight gradients is cheapest, from shapes alone: one rule for Linear layers
 // and convolutions on all devices. Operators ask it, and through the bindings Python where that chooses and where it
 // says what will be chosen. A cost is a time in multiplications of float32 numbers without tensor cores.
+// From which length on fused=True has the norms made beside the gradient: lipcore/capture/layers/fused_linear.py.
 //
 // A gradient is a sum over positions (tokens, places of a convolution's output) of inputs times outputs; of a
 // convolution, inputs are channels at every tap of the kernel. Patches are never unfolded into memory: by the rates
@@ -8,7 +9,10 @@
 // hardly any layer's.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "math/conv_shape.h"
 
@@ -36,35 +40,55 @@ constexpr int64_t kManyTiles = 128, kSmallTile = 64;
 constexpr double kPixelGramShare = 0.4, kCombineTime = 3;
 constexpr double kPixelGramElements = 1 << 20;
 
+// A CUDA device multiplies whole tiles of 64 x 64, of which it takes so many products at a time.
+constexpr double kDeviceTile = 64, kDeviceDepth = 16;
+
 // What it takes to rearrange memory for lanes of groups and samples.
 constexpr double kRearranged = 1.3;
 
-// Whether the Gram matrices of `positions` positions are multiplied, rather than inputs with gradients.
-inline bool gram_is_cheaper(double positions, double inputs, double outputs) {
-  const double ratio = positions * (inputs + outputs) / (2 * inputs * outputs);
-  return ratio < (positions <= kShortSequence ? kGramShareOfShort : kGramShare);
-}
-inline bool gram_is_cheaper(int64_t positions, int64_t inputs, int64_t outputs) {
-  return gram_is_cheaper(static_cast<double>(positions), static_cast<double>(inputs), static_cast<double>(outputs));
+// Whether a CUDA device multiplies no more for Gram matrices than for gradients, by the tiles that it fills up: of the
+// former those on and above the diagonal.
+inline bool gram_has_fewer_tiles(double positions, double inputs, double outputs) {
+  const auto whole = [](double length, double piece) { return std::ceil(length / piece) * piece; };
+  const double rows = whole(positions, kDeviceTile), pairs = rows * (rows + kDeviceTile) / 2;
+  return pairs * (whole(inputs, kDeviceDepth) + whole(outputs, kDeviceDepth)) <=
+         whole(positions, kDeviceDepth) * whole(inputs, kDeviceTile) * whole(outputs, kDeviceTile);
 }
 
-// The most positions for which that is so: of those that count as short, and of all. 0 where there are none.
-struct GramLengths {
-  int64_t of_short, of_all;
-};
-inline GramLengths gram_lengths(int64_t inputs, int64_t outputs) {
-  const auto longest = [&](int64_t least, int64_t most) {
+// Whether the Gram matrices of `positions` positions are multiplied, rather than inputs with gradients.
+inline bool gram_is_cheaper(double positions, double inputs, double outputs, bool on_cpu) {
+  const double ratio = positions * (inputs + outputs) / (2 * inputs * outputs);
+  return ratio < (positions <= kShortSequence ? kGramShareOfShort : kGramShare) &&
+         (on_cpu || gram_has_fewer_tiles(positions, inputs, outputs));
+}
+inline bool gram_is_cheaper(int64_t positions, int64_t inputs, int64_t outputs, bool on_cpu) {
+  return gram_is_cheaper(static_cast<double>(positions), static_cast<double>(inputs), static_cast<double>(outputs),
+                         on_cpu);
+}
+
+// First and last numbers of positions for which that is so.
+inline std::vector<std::pair<int64_t, int64_t>> gram_lengths(int64_t inputs, int64_t outputs, bool on_cpu) {
+  constexpr int64_t kTile = static_cast<int64_t>(kDeviceTile), kTiles = 8, kLongest = int64_t{1} << 40;
+  std::vector<std::pair<int64_t, int64_t>> found;
+  for (int64_t first = 1, last = kTile; first < kLongest;) {
+    int64_t least = first - 1, most = last;  // up to which positions a CPU would
     while (least < most) {
       const int64_t middle = least + (most - least + 1) / 2;
-      if (gram_is_cheaper(middle, inputs, outputs))
+      if (gram_is_cheaper(middle, inputs, outputs, true))
         least = middle;
       else
         most = middle - 1;
     }
-    return least;
-  };
-  const int64_t of_short = longest(0, kShortSequence), of_long = longest(kShortSequence, int64_t{1} << 40);
-  return {of_short, of_long > kShortSequence ? of_long : of_short};
+    // Within a tile a device does from some number of positions on; so many tiles never are more than a gradient's.
+    while (first <= most && !gram_is_cheaper(first, inputs, outputs, on_cpu)) ++first;
+    if (first <= most && !found.empty() && found.back().second + 1 == first)
+      found.back().second = most;
+    else if (first <= most)
+      found.emplace_back(first, most);
+    first = last + 1;
+    last = last < kTiles * kTile ? last + kTile : kLongest;
+  }
+  return found;
 }
 
 // The same of a convolution. A CUDA device multiplies patches, read in place, as if they were tokens; a CPU multiplies
@@ -78,7 +102,7 @@ inline bool gram_is_cheaper(const ConvShape& shape, bool on_cpu) {
     taps *= static_cast<double>(shape.kernel[d]);
   }
   const double inputs = static_cast<double>(shape.inputs), outputs = static_cast<double>(shape.outputs);
-  if (!on_cpu) return gram_is_cheaper(positions, inputs * taps, outputs);
+  if (!on_cpu) return gram_is_cheaper(positions, inputs * taps, outputs, on_cpu);
   if (padded * (padded + positions) > kPixelGramElements) return false;
   const double gram =
       (inputs * pixels * pixels + outputs * positions * positions + kCombineTime * taps * positions * padded) / 2;
@@ -100,7 +124,7 @@ inline bool torch_is_cheaper(int64_t samples, int64_t tokens, int64_t inputs, in
   if (static_cast<double>(samples) * t * i * o < kManyMultiplications) return false;
   const double time = tensor_cores ? kTensorCoreTime / kReachedOfTorch : 1;
   // Both Gram matrices are symmetric.
-  const double kernel = gram_is_cheaper(tokens, inputs, outputs) ? t * (t + 1) * (i + o) : 2 * t * i * o;
+  const double kernel = gram_is_cheaper(tokens, inputs, outputs, false) ? t * (t + 1) * (i + o) : 2 * t * i * o;
   return kernel * time > (2 * t * kTensorCoreTime + kProductTime) * i * o;
 }
 

@@ -138,7 +138,7 @@ void norms(const Batch& batch, LinearMethod method, double* out) {
     const LinearSample& sample = batch.samples[b];
     out[b] = 0;
     const LinearMethod chosen =
-        method == LinearMethod::kChoose ? linear_method(sample.tokens, batch.inputs, batch.outputs) : method;
+        method == LinearMethod::kChoose ? linear_method(sample.tokens, batch.inputs, batch.outputs, true) : method;
     if (sample.tokens && batch.inputs && batch.outputs)
       jobs.push_back({sample, static_cast<int64_t>(b), chosen == LinearMethod::kGram});
   }
@@ -197,7 +197,7 @@ bool on_device(const TensorView& x, const TensorView& grad, Offsets offsets, Lin
     return cuda::Factor{
         view.data, view.dtype, packed ? 0 : view.strides[0], view.strides[token + 1], {0, 0, view.strides[token]}};
   };
-  const LinearMethod chosen = method == LinearMethod::kChoose ? linear_method(tokens, inputs, outputs) : method;
+  const LinearMethod chosen = method == LinearMethod::kChoose ? linear_method(tokens, inputs, outputs, false) : method;
   cuda::WeightNorms norms{
       {1, inputs, outputs, {1, 1, tokens}, {1, 1, tokens}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}},
       factor(x),
@@ -219,8 +219,8 @@ bool on_device(const TensorView& x, const TensorView& grad, Offsets offsets, Lin
 
 }  // namespace
 
-LinearMethod linear_method(int64_t tokens, int64_t inputs, int64_t outputs) {
-  return gram_is_cheaper(tokens, inputs, outputs) ? LinearMethod::kGram : LinearMethod::kDirect;
+LinearMethod linear_method(int64_t tokens, int64_t inputs, int64_t outputs, bool on_cpu) {
+  return gram_is_cheaper(tokens, inputs, outputs, on_cpu) ? LinearMethod::kGram : LinearMethod::kDirect;
 }
 
 bool linear_norms(const TensorView& x, const TensorView& grad, Offsets offsets, LinearMethod method,

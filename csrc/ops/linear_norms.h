@@ -11,7 +11,7 @@ enum class LinearMethod : int { kChoose = 0, kGram = 1, kDirect = 2, kRedo = 3 }
 constexpr int kLinearMethods = 4;
 
 // The cheaper method; direct unless Gram is clearly so, because Gram cancels.
-LinearMethod linear_method(int64_t tokens, int64_t inputs, int64_t outputs);
+LinearMethod linear_method(int64_t tokens, int64_t inputs, int64_t outputs, bool on_cpu);
 
 // out[b] = ||grad_b^T x_b||_F^2, float64. x [B, T, I] and grad [B, T, O], or, packed, [N, I] and [N, O] with offsets;
 // on the CPU of one dtype with contiguous last dimensions. On a CUDA device packed samples are made directly. With

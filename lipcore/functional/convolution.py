@@ -96,10 +96,25 @@ def conv_method(
     """Return the faster method of :func:`conv_norms_sq` on a device, "direct" or "gram", by counting multiplications:
     those of pixels on the CPU, on a CUDA device those of patches, which it reads in place.
 
+    Raises:
+        ValueError: sizes that are not of one to three spatial dimensions, the same in all; groups below 1.
+
     >>> conv_method([64, 512, 4, 4], [64, 512, 4, 4], kernel_size=[3, 3], padding=[1, 1])
     'gram'
     """
     check_count("groups", groups)
+    n = len(x_shape) - 2
+    if not 1 <= n <= 3:
+        raise ValueError(f"x_shape: expected [B, C, *space], one to three spatial dimensions, got {list(x_shape)}")
+    if len(grad_shape) != n + 2:
+        raise ValueError(
+            f"grad_shape: expected [B, O, *space] with the {n} spatial dimensions of x_shape, got {list(grad_shape)}"
+        )
+    for name, numbers in (("kernel_size", kernel_size), ("padding", padding)):
+        if len(numbers) != n:
+            raise ValueError(
+                f"{name}: expected {n} integers, one per spatial dimension of x_shape, got {list(numbers)}"
+            )
     on_cpu = torch.device(device).type == "cpu"
     return _cheaper(x_shape, grad_shape, kernel_size, padding, groups, on_cpu)
 

@@ -90,13 +90,13 @@ def linear_weight_grad(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None
     return total.to(dtype), out
 
 
-def linear_method(tokens: int, in_features: int, out_features: int) -> Method:
-    """Return how :func:`linear_norms_sq` treats T tokens per sample on the CPU unless told: "gram" or "direct".
+def linear_method(tokens: int, in_features: int, out_features: int, *, device: torch.device | str = "cpu") -> Method:
+    """Return how :func:`linear_norms_sq` treats T tokens per sample on a device unless told: "gram" or "direct".
 
     The cheaper of both by multiplications and by how well tiles are filled; direct where they are close, because Gram
-    loses digits. A CUDA device does as the CPU, but takes packed sequences directly, and may let
-    torch make the products of large layers of 16-bit numbers; ``PerSampleGradNorms.plan()`` names the way that was
-    taken.
+    loses digits. A CUDA device multiplies whole tiles of 64 tokens, and so has fewer lengths for "gram". It takes
+    packed sequences directly, and may let torch make the products of large layers of 16-bit numbers;
+    ``PerSampleGradNorms.plan()`` names the way that was taken.
 
     Raises:
         ValueError: a size below 0.
@@ -104,7 +104,8 @@ def linear_method(tokens: int, in_features: int, out_features: int) -> Method:
     sizes = {"tokens": tokens, "in_features": in_features, "out_features": out_features}
     for name, size in sizes.items():
         check_count(name, size, 0)
-    return "gram" if _core.linear_uses_gram(tokens, in_features, out_features) else "direct"
+    on_cpu = torch.device(device).type == "cpu"
+    return "gram" if _core.linear_uses_gram(tokens, in_features, out_features, on_cpu) else "direct"
 
 
 def linear_norms_sq_estimate(
@@ -237,17 +238,28 @@ def made_by_torch(samples: int, tokens: int, inputs: int, outputs: int, *, tenso
     return bool(_core.linear_suits_torch(samples, tokens, inputs, outputs, tensor_cores))
 
 
-def lengths_by_gram(in_features: int, out_features: int) -> str:
-    """Return in words for how many positions per sample :func:`linear_method` is "gram".
+def lengths_by_gram(in_features: int, out_features: int, device: torch.device | str) -> str:
+    """Return in words for how many positions per sample :func:`linear_method` is "gram" on a device.
 
-    >>> lengths_by_gram(64, 64)
+    >>> lengths_by_gram(64, 64, "cpu")
     'Gram up to 28 positions, else direct'
     """
-    ranges = _core.linear_gram_lengths(in_features, out_features)
+    ranges = _core.linear_gram_lengths(in_features, out_features, torch.device(device).type == "cpu")
     if not ranges:
         return "direct"
-    words = [f"up to {ranges[0][1]}", *(f"from {first} to {last}" for first, last in ranges[1:])]
-    return f"Gram {' and '.join(words)} positions, else direct"
+    words = [f"up to {last}" if first == 1 else f"from {first} to {last}" for first, last in ranges]
+    return f"Gram {' and '.join(words)} position{'s' * (ranges[-1][1] != 1)}, else direct"
+
+
+def ways(in_features: int, out_features: int, device: torch.device | str) -> str:
+    """Return in words how :func:`linear_norms_sq` will compute the norms on a device, before it has seen dtype and
+    batch.
+
+    >>> ways(64, 64, "cuda")
+    'direct, or torch.bmm for many 16-bit products'
+    """
+    torchs = "" if torch.device(device).type == "cpu" else ", or torch.bmm for many 16-bit products"
+    return lengths_by_gram(in_features, out_features, device) + torchs
 
 
 def way(x: Tensor, grad: Tensor, offsets: Tensor | None, method: Method | None) -> str:
@@ -257,14 +269,15 @@ def way(x: Tensor, grad: Tensor, offsets: Tensor | None, method: Method | None) 
     if offsets is not None:
         if not x.is_cpu:
             return "direct (packed rows on a device)"
-        return method or f"each document's length ({lengths_by_gram(inputs, outputs)})"
+        return method or f"each document's length ({lengths_by_gram(inputs, outputs, x.device)})"
     x, grad = (portable.three_dimensional(t) for t in (x, grad))
     shapes = shapes_in_words(x.shape[1], (outputs, inputs))
     if method is not None:
         return f"{method} ({shapes})"
     if not x.is_cpu and _suits_torch(x, grad):
         return f"torch.bmm ({shapes})"
-    return f"{linear_method(x.shape[1], inputs, outputs)} ({shapes}; {lengths_by_gram(inputs, outputs)})"
+    chosen = linear_method(x.shape[1], inputs, outputs, device=x.device)
+    return f"{chosen} ({shapes}; {lengths_by_gram(inputs, outputs, x.device)})"
 
 
 def shapes_in_words(positions: int, weight: Sequence[int]) -> str:

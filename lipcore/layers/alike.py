@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.nn.utils import parametrize
 
+from lipcore.functional.linear import ways
 from lipcore.layers.calls import is_trainable
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_outer import Outer
@@ -168,6 +169,10 @@ class LinearAlike(LinearRule):
 
     def fuses(self, module: nn.Module) -> bool:
         return False
+
+    def ways(self, module: Any) -> str:
+        first, second = module.weight.shape
+        return ways(first, second, module.weight.device)  # the same for [O, I] and [I, O]
 
     def save(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipcore.functional.linear import lengths_by_gram
+from lipcore.functional.linear import ways
 from lipcore.layers.calls import as_autocast, is_trainable, tensor_argument
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_outer import Outer
 from lipcore.layers.factor_sums import RowSum
 from lipcore.layers.registry import register
-from lipcore.layers.rule import GRAM_OR_DIRECT, Batch, Rule
+from lipcore.layers.rule import BY_SIZES, GRAM_OR_DIRECT, Batch, Rule
 
 
 class LinearRule(Rule):
@@ -22,7 +22,10 @@ class LinearRule(Rule):
         return type(module).forward is nn.Linear.forward
 
     def ways(self, module: Any) -> str:
-        return lengths_by_gram(module.in_features, module.out_features)
+        # A class of one's own under this rule may call its sizes anything.
+        if not isinstance(module, nn.Linear):
+            return BY_SIZES
+        return ways(module.in_features, module.out_features, next(module.parameters()).device)
 
     def save(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch

@@ -49,6 +49,7 @@ class Batch:
 
 #: Methods of a factor whose rows meet each other, or are multiplied out.
 GRAM_OR_DIRECT = ("gram", "direct")
+BY_SIZES = "Gram or direct, by the sizes"
 
 
 class Rule(ABC):
@@ -89,7 +90,7 @@ class Rule(ABC):
     def ways(self, module: nn.Module) -> str:
         """Return in words which of several methods is taken on which shapes, as far as that is known before the first
         backward pass."""
-        return "Gram or direct, by the sizes: chosen at the first backward pass"
+        return BY_SIZES if self.methods == GRAM_OR_DIRECT else " or ".join(self.methods or ())
 
     def feature_dims(self, module: nn.Module) -> int:
         """Return how many of the output's last dimensions are features; those before are rows or the batch."""

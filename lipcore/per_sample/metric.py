@@ -641,7 +641,7 @@ class PerSampleMetric(StandaloneMetric):
         for site in self._capture.sites:
             covered = self._capture.coverage.covered.keys() - by_graph.keys()
             keys = [key for key, name in site.names.items() if name in covered]
-            way = how(site, self._methods)
+            way = how(site, self._methods, self._capture.fuses)
             if keys:
                 rule = f"{type(site.module).__name__}: {', '.join(keys)}" + (f", {way}" if way else "")
                 lines.append(PlanLine(site.name, rule))

@@ -41,7 +41,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "set_capability_of": (None, (ctypes.c_int, ctypes.c_int)),
     "set_capability": (None, (ctypes.c_int,)),
     "capability": (ctypes.c_int, ()),
-    "set_oldest": (None, (ctypes.c_int,)),
+    "set_oldest": (None, (ctypes.c_int, ctypes.c_int)),
     "set_versions": (None, (ctypes.c_int, ctypes.c_int)),
     "questions": (ctypes.c_int64, ()),
     "set_order": (None, (ctypes.c_int, ctypes.c_uint64)),
@@ -85,7 +85,7 @@ class Emulator:
         self.set_deferred(1)
         self.set_order(ORDERS["shuffled"], 1)
         self.set_capability(90)
-        self.set_oldest(0)
+        self.set_oldest(0, 0)
         self.set_versions(13000, 13000)
 
     def take_findings(self) -> list[str]:

@@ -24,6 +24,7 @@ _GETTERS: dict[Any, Callable[[Tensor], Any]] = {
     Tensor.get_device: device_of,
 }
 _READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "equal", "allclose"}
+_JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack", "einsum"}
 _MOVES = {"to", "cuda", "cpu"}
 #: Functions that make no tensor and read none.
 _QUESTIONS = {
@@ -138,7 +139,7 @@ class EmulatedTensors(TorchFunctionMode):
         tensors = tensors_in(args, kwargs)
         there = [device_of(tensor) for tensor in tensors]
         devices = {device for device in there if device != HOST}
-        _refuse_two_devices(name, args)
+        _refuse_two_devices(name, args, kwargs)
         waits = name in _READS and bool(devices)
         asynchronous = kwargs.get("non_blocking", False)
         args, kwargs, device = _without_device(name, args, kwargs)
@@ -164,9 +165,12 @@ class EmulatedTensors(TorchFunctionMode):
                 catch_up(device)
 
 
-def _refuse_two_devices(name: str, args: Any) -> None:
-    """Raise torch's error for an operation on tensors of two devices; those of lists are worked on one by one."""
-    found = {device_of(value) for value in args if isinstance(value, Tensor)} - {HOST}
+def _refuse_two_devices(name: str, args: Any, kwargs: Any) -> None:
+    """Raise torch's error for an operation on tensors of two devices; those of lists are worked on one by one, unless
+    they are joined."""
+    values = [*args, *kwargs.values()]
+    together = tensors_in(values) if name in _JOINS else [value for value in values if isinstance(value, Tensor)]
+    found = {device_of(value) for value in together} - {HOST}
     if len(found) > 1 and name != "copy_" and name not in _MOVES:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found two in {name}: cuda:0 and cuda:1!"

@@ -251,6 +251,16 @@ def test_tensors_of_two_devices_do_not_mix(x: Tensor) -> None:
         assert torch.zeros(3, device="cuda").device.index == torch.zeros(3).cuda().device.index == 1
     with pytest.raises(RuntimeError, match="on the same device"):
         x + y
+    for mixed in (
+        lambda: torch.stack([x, y]),
+        lambda: torch.cat(tensors=[x, y]),
+        lambda: torch.where(x == 1, x, other=y),
+        lambda: torch.add(x, 1, out=y),
+    ):
+        with pytest.raises(RuntimeError, match="on the same device"):
+            mixed()
+    torch._foreach_add_([x, y], 0)
+    assert (x.device.index, y.device.index) == (0, 1)
     y.add_(2)
     x.copy_(y)
     assert x.device.index == 0

@@ -305,8 +305,9 @@ def test_choice(x, grad, kernel, method):
         ((64, 512, 7, 7), (64, 512, 7, 7), (3, 3), 1, "gram"),
         ((64, 64, 32, 32), (64, 128, 32, 32), (3, 3), 1, "direct"),
         ((64, 64, 8, 8), (64, 256, 8, 8), (1, 1), 1, "direct"),
-        ((64, 64, 6, 6), (64, 256, 6, 6), (1, 1), 1, "gram"),
-        ((64, 64, 6, 6), (64, 256, 6, 6), (1, 1), 4, "direct"),
+        ((64, 64, 6, 6), (64, 256, 6, 6), (1, 1), 1, "direct"),  # a tile of 36 positions is not full enough
+        ((64, 256, 6, 6), (64, 256, 6, 6), (1, 1), 1, "gram"),
+        ((64, 256, 6, 6), (64, 256, 6, 6), (1, 1), 4, "direct"),
         ((64, 32, 2, 2), (64, 32, 2, 2), (3, 3), 32, "direct"),
         ((64, 512, 1), (64, 512, 1), (1,), 1, "gram"),
     ],
@@ -317,7 +318,23 @@ def test_choice_on_a_cuda_device(x, grad, kernel, groups, method):
     found = conv_method(x, grad, kernel_size=kernel, padding=padding, groups=groups, device="cuda:0")
     assert found == method
     patch = x[1] // groups * math.prod(kernel)
-    assert found == F.linear_method(math.prod(grad[2:]), patch, grad[1] // groups)
+    assert found == F.linear_method(math.prod(grad[2:]), patch, grad[1] // groups, device="cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_shape": [1, 2]}, r"^x_shape: expected \[B, C, \*space\], one to three .*got \[1, 2\]"),
+        ({"x_shape": [1, 2, 4, 4, 4, 4]}, r"^x_shape: .*one to three spatial dimensions, got \[1, 2, 4, 4, 4, 4\]"),
+        ({"grad_shape": [1, 2, 4]}, r"^grad_shape: expected \[B, O, \*space\] with the 2 .*got \[1, 2, 4\]"),
+        ({"kernel_size": [1]}, r"^kernel_size: expected 2 integers, one per spatial dimension of x_shape, got \[1\]"),
+        ({"padding": [0, 0, 0]}, r"^padding: expected 2 integers, one per .*got \[0, 0, 0\]"),
+    ],
+)
+def test_a_choice_for_sizes_that_do_not_fit(change, message):
+    sizes = {"x_shape": [1, 2, 4, 4], "grad_shape": [1, 2, 4, 4], "kernel_size": [1, 1], "padding": [0, 0]}
+    with pytest.raises(ValueError, match=message):
+        conv_method(**sizes | change)
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "op"])
@@ -465,8 +482,8 @@ def test_what_cancels_in_gram_is_done_again_on_cuda(dtype):
 @pytest.mark.gpu
 def test_the_chosen_method_on_cuda():
     """By the sizes of patches, with or without tensor cores: nothing waits."""
-    for name, method in (("2d, many channels, small map", "gram"), ("1d, depthwise", "direct")):
-        case = CASES[name]
+    wide = Case((5, 5), (1, 1), inputs=256, outputs=256)
+    for case, method in ((wide, "gram"), (CASES["1d, depthwise"], "direct")):
         x, grad = (t.cuda() for t in case.tensors(torch.float32))
         g = case.geometry
         sizes = {key: g[key] for key in ("kernel_size", "padding", "groups")}

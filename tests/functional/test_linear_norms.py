@@ -501,17 +501,40 @@ def test_races_on_cuda(monkeypatch):
     check_on_cuda(x[0], grad[0], 2e-6, torch.tensor([0, 1, 17]))
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (768, 3072), (109, 109), (3, 64), (1, 1), (0, 5)])
-def test_the_lengths_that_are_by_gram(inputs, outputs):
-    ranges = _core.linear_gram_lengths(inputs, outputs)
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(64, 64), (768, 3072), (109, 109), (3, 64), (1, 1), (0, 5), (576, 128), (256, 256)]
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_the_lengths_that_are_by_gram(inputs, outputs, device):
+    ranges = _core.linear_gram_lengths(inputs, outputs, device == "cpu")
     for tokens in range(1, 800):
         inside = any(first <= tokens <= last for first, last in ranges)
-        assert inside == (functional.linear_method(tokens, inputs, outputs) == "gram")
+        assert inside == (functional.linear_method(tokens, inputs, outputs, device=device) == "gram")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "ranges"),
+    [(64, 64, []), (576, 128, [(33, 64), (113, 125)]), (768, 768, [(1, 460)]), (4096, 4096, [(1, 2457)])],
+)
+def test_a_device_fills_whole_tiles(inputs, outputs, ranges):
+    """64 x 64, of which it takes 16 products at a time."""
+    assert _core.linear_gram_lengths(inputs, outputs, False) == ranges
+
+    def whole(length, piece):
+        return -(-length // piece) * piece
+
+    for tokens in range(1, 800):
+        gram = whole(tokens, 64) * (whole(tokens, 64) + 64) // 2 * (whole(inputs, 16) + whole(outputs, 16))
+        fewer = gram <= whole(tokens, 16) * whole(inputs, 64) * whole(outputs, 64)
+        by_gram = functional.linear_method(tokens, inputs, outputs) == "gram" and fewer
+        assert (functional.linear_method(tokens, inputs, outputs, device="cuda") == "gram") == by_gram
 
 
 def test_the_lengths_that_are_by_gram_in_words():
-    assert linear.lengths_by_gram(1, 1) == "direct"
-    assert linear.lengths_by_gram(109, 109) == "Gram up to 49 and from 65 to 65 positions, else direct"
+    assert linear.lengths_by_gram(1, 1, "cpu") == "direct"
+    assert linear.lengths_by_gram(3, 3, "cpu") == "Gram up to 1 position, else direct"
+    assert linear.lengths_by_gram(109, 109, "cpu") == "Gram up to 49 and from 65 to 65 positions, else direct"
+    assert linear.lengths_by_gram(576, 128, "cuda") == "Gram from 33 to 64 and from 113 to 125 positions, else direct"
     x, grad = randn(2, 9, 64), randn(2, 9, 32)
     assert linear.way(x, grad, None, "direct") == "direct (9 positions, weight 32 x 64)"
     lengths = "Gram up to 19 positions, else direct"
@@ -524,7 +547,7 @@ def test_the_lengths_that_are_by_gram_in_words():
 def test_the_way_in_words_on_cuda():
     x, grad = randn(2, 9, 64, dtype=torch.bfloat16).cuda(), randn(2, 9, 32, dtype=torch.bfloat16).cuda()
     assert linear.way(x[0], grad[0], torch.tensor([0, 9]), None) == "direct (packed rows on a device)"
-    assert linear.way(x, grad, None, None).startswith("gram (9 positions")
+    assert linear.way(x, grad, None, None) == "direct (9 positions, weight 32 x 64; direct)"
     x, grad = x[:, :1].expand(-1, 4096, -1), grad[:, :1].expand(-1, 4096, -1)
     assert linear.way(x, grad, None, None).startswith("direct (4096 positions")
     many = [t[:1].expand(2**15, -1, -1) for t in (x, grad)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from lipcore import PerSampleGradNorms
+from lipcore.layers import register, registered, registry
 from lipcore.layers.alike import LayerNormAlike, LinearAlike, RMSNormAlike, TransposedLinear, rule_alike
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -111,6 +112,23 @@ def test_what_a_rule_knows_is_recognised(name: str, way: dict[str, object]) -> N
         weighted_sum(model(x)).backward()
         assert_norms(metric, expected)
         assert not metric.unproved
+
+
+@pytest.mark.parametrize("name", ["linear", "transposed"])
+def test_the_plan_of_a_compiled_one_knows_its_lengths(name: str) -> None:
+    """Whose rule is known before the first pass, unlike without torch.compile."""
+    model = torch.compile(nn.Sequential(KNOWN[name][0]()), backend="eager")
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        assert "Own: weight, bias, Gram up to 2 positions, else direct" in str(metric.plan())
+
+
+def test_the_plan_of_a_class_with_the_rule_of_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_rules", dict(registry._rules))
+    kind = type("Projection", (Own,), {})
+    register(kind, registered()[nn.Linear])
+    model = nn.Sequential(kind(lambda m, x: x @ m.weight.T, (4, 6)))
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        assert "Projection: weight, Gram or direct" in str(metric.plan())
 
 
 @pytest.mark.parametrize("name", UNKNOWN)

@@ -124,6 +124,14 @@ def test_a_rule_of_ones_own_needs_two_methods_only(registered_rule: layers.Rule)
     torch.testing.assert_close(got, torch.stack(one), rtol=1e-5, atol=0)
 
 
+def test_a_rule_of_ones_own_names_its_methods() -> None:
+    class Quick(ScaleRule):
+        methods = ("quick", "exact")
+
+    assert Quick().ways(Scale(4)) == "quick or exact"
+    assert layers.registered()[nn.Conv2d].ways(nn.Conv2d(1, 1, 1)) == "Gram or direct, by the sizes"
+
+
 @pytest.mark.parametrize("registered_rule", [DeclaredRule()], indirect=True, ids=["declared"])
 def test_a_rule_of_ones_own_declares_its_one_way(registered_rule: layers.Rule) -> None:
     model = nn.Sequential(Scale(4))

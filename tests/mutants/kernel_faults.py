@@ -1323,9 +1323,23 @@ KERNEL_MUTANTS = (
     KernelMutant(
         "a device without code has no words of its own",
         "csrc/cuda/driver.cpp",
-        "    case cudaErrorNoKernelImageForDevice:\n",
+        "error == cudaErrorNoKernelImageForDevice || ",
         "",
         (f"{_VERSIONS}::test_a_device_that_no_kernel_was_compiled_for_is_said_at_its_first_use",),
+    ),
+    KernelMutant(
+        "a kernel that is no function of the device has no words of its own",
+        "csrc/cuda/driver.cpp",
+        "error == cudaErrorInvalidDeviceFunction || ",
+        "",
+        (f"{_VERSIONS}::test_a_device_that_no_kernel_was_compiled_for_is_said_at_its_first_use",),
+    ),
+    KernelMutant(
+        "every error of a look-up is taken for code that is missing",
+        "csrc/cuda/driver.cpp",
+        "if (!lacks_code(found)) error = found;",
+        "",
+        (f"{_VERSIONS}::test_other_trouble_of_a_device_asks_for_no_other_kernels",),
     ),
     # ---- the launch code
     KernelMutant(

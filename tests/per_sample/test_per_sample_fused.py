@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lipcore import PerSampleGradNorms
+from lipcore.functional import linear
+from lipcore.layers import factor_outer
 
 LENGTH = 50  # long enough
 
@@ -97,6 +99,35 @@ def test_beside_parameters_that_the_graph_measures(shared: bool, checkpointed: b
             assert not metric.unproved
         ways = {site.name: site.how for site in metric._capture.sites}  # type: ignore[union-attr]
     assert ways["a"] == "inside the weight gradient"
+
+
+def test_the_plan_says_from_which_length_on() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Conv1d(LENGTH, 4, 3))
+    with PerSampleGradNorms(model, loss_reduction="sum", fused=True) as metric:
+        before = [line.rule for line in metric.plan()][1:]
+        model(torch.randn(3, LENGTH, 64)).sum().backward()
+        after = next(line.rule for line in metric.plan() if line.what == "0")
+    lengths = "inside the weight gradient from 48 positions on, else Gram up to 28 positions, else direct"
+    assert before[0] == f"Linear: weight, bias, {lengths}"
+    assert before[1] == "Conv1d: weight, bias, Gram or direct, by the sizes"
+    assert after == "Linear: weight, bias, by inside the weight gradient"
+    compiled = torch.compile(model, backend="eager")  # which torch makes the weight gradients of
+    with PerSampleGradNorms(compiled, loss_reduction="sum", fused=True) as metric:
+        assert "weight gradient" not in str(metric.plan())
+
+
+def test_the_way_is_put_in_words_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer that does not fill a device, whose words take a search."""
+    calls: list[int] = []
+    in_words = linear.way
+    monkeypatch.setattr(linear, "made_in_one_pass", lambda *_: False)
+    monkeypatch.setattr(factor_outer, "way", lambda *a: calls.append(1) or in_words(*a))
+    model = nn.Sequential(nn.Linear(5, 3))
+    with PerSampleGradNorms(model, loss_reduction="sum", fused=True) as metric:
+        for _ in range(3):
+            model(torch.randn(3, LENGTH, 5)).sum().backward()
+        assert "by direct (50 positions" in str(metric.plan())
+    assert len(calls) == 1
 
 
 def test_it_is_the_fused_way_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,15 @@ def test_the_plan_names_the_way_that_was_chosen() -> None:
     ]
 
 
+@pytest.mark.ci
+def test_the_plan_of_a_compiled_model_does_not_promise_the_way() -> None:
+    model = torch.compile(nn.Sequential(nn.Conv1d(9, 4, 3), nn.Flatten(), nn.Linear(8, 1)), backend="eager")
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        model(torch.randn(3, 9, 4)).sum().backward()
+        rules = [line.rule for line in metric.plan()]
+    assert "Conv1d: weight, bias, Gram or direct, by the sizes" in rules
+
+
 def test_the_plan_names_the_way_of_convolutions() -> None:
     model = nn.Sequential(nn.Conv2d(1, 64, 3), nn.Conv2d(64, 64, 3, padding=1), nn.Flatten(), nn.Linear(64, 1))
     with PerSampleGradNorms(model, loss_reduction="sum", methods={"0": "direct"}) as metric:
@@ -190,7 +199,7 @@ def test_the_plan_names_the_way_of_convolutions() -> None:
         text = [line.rule for line in metric.plan()][1:3]
     assert before == [
         "Conv2d: weight, bias, method 'direct'",
-        "Conv2d: weight, bias, Gram or direct, by the sizes: chosen at the first backward pass",
+        "Conv2d: weight, bias, Gram or direct, by the sizes",
     ]
     assert text == [
         "Conv2d: weight, bias, by direct (1 position, weight 64 x 1 x 3 x 3)",

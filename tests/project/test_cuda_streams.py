@@ -1,4 +1,4 @@
-"""Every kernel on a stream beside the default one, and on a device that is not the current one."""
+"""Kernels of each kind on a stream beside the default one, and on a device that is not the current one."""
 
 from __future__ import annotations
 
@@ -88,16 +88,24 @@ CASES = {
         )
         for method in ("gram", "direct")
     },
+    "linear_weight_grad": Case(
+        lambda: {name: make() for name, make in _PAIR.items()} | {"total": _f(20, 33, seed=2), "out": _empty(3)},
+        _written("total", lambda a: _core.linear_weight_grad(a["x"], a["grad"], None, a["total"], a["out"])),
+    ),
     "linear_norms_sq of 16 bits": Case(
         lambda: {name: make().bfloat16() for name, make in _PAIR.items()},
         lambda a: F.linear_norms_sq(a["x"], a["grad"]),
     ),
-    "conv_norms_sq": Case(
-        lambda: {"x": _f(2, 3, 9, 9), "grad": _f(2, 4, 9, 9, seed=1)},
-        lambda a: F.conv_norms_sq(
-            a["x"], a["grad"], kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1)
-        ),
-    ),
+    **{
+        f"conv_norms_sq by {method}{' of 16 bits' * (dtype == torch.bfloat16)}": Case(
+            lambda dtype=dtype: {"x": _f(2, 3, 9, 9).to(dtype), "grad": _f(2, 4, 9, 9, seed=1).to(dtype)},  # type: ignore[misc]
+            lambda a, method=method: F.conv_norms_sq(  # type: ignore[misc]
+                *(a["x"], a["grad"]), kernel_size=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1], method=method
+            ),
+        )
+        for method in ("gram", "direct")
+        for dtype in (torch.float32, torch.bfloat16)
+    },
     "embedding_norms_sq": Case(
         lambda: {"ids": torch.arange(3 * 70).reshape(3, 70) % 17, "grad": _f(3, 70, 33)},
         lambda a: F.embedding_norms_sq(a["ids"], a["grad"]),

@@ -89,16 +89,17 @@ def test_one_of_the_same_major_version_or_later_runs_the_kernels(beside_a_gpu: N
 
 
 @of_the_emulator
-def test_a_device_that_no_kernel_was_compiled_for_is_said_at_its_first_use() -> None:
+@pytest.mark.parametrize(("number", "name"), [(209, "NoKernelImage"), (98, "InvalidDeviceFunction")])
+def test_a_device_that_no_kernel_was_compiled_for_is_said_at_its_first_use(number: int, name: str) -> None:
     x = torch.tensor([[3.0, 4.0]]).cuda()
-    emulator.set_oldest(80)
+    emulator.set_oldest(80, number)
     set_capability(75)
     said = (
         r"built with CUDA 13\.0 for the architectures 75-real 80-real 90, cannot run on cuda:0, an sm_75 \(.*\): "
         r"rebuild lipcore with LIPCORE_CUDA=ON LIPCORE_CUDA_ARCHS=75, by a toolkit of a major version that the driver "
         r"takes \(up to CUDA 13\.0\)\. On the CPU"
     )
-    with pytest.raises(RuntimeError, match=rf"^sample_norms: failed while taking .*NoKernelImage.*{said}"):
+    with pytest.raises(RuntimeError, match=rf"^sample_norms: failed while taking .*{name}.*{said}"):
         functional.sample_norms(x)
     told = doctor._cuda()
     assert re.search(said, told)
@@ -107,6 +108,19 @@ def test_a_device_that_no_kernel_was_compiled_for_is_said_at_its_first_use() -> 
     set_capability(80)
     assert functional.sample_norms(x).tolist() == [5]
     assert "cannot" not in doctor._cuda()
+
+
+@of_the_emulator
+def test_other_trouble_of_a_device_asks_for_no_other_kernels() -> None:
+    """Kernels are loaded at their first use, which takes memory."""
+    x = torch.tensor([[3.0, 4.0]]).cuda()
+    emulator.set_oldest(80, 2)
+    set_capability(75)
+    with pytest.raises(RuntimeError, match=r"cudaErrorMemoryAllocation") as raised:
+        functional.sample_norms(x)
+    told = doctor._cuda()
+    assert "cuda:0 cannot be used" in told
+    assert "rebuild" not in told + str(raised.value)
 
 
 @pytest.mark.skipif(_core.cuda_built, reason="of a core without CUDA")

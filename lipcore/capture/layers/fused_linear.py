@@ -11,7 +11,7 @@ from lipcore.capture.identity import passed_on
 from lipcore.capture.layers.layer_pass import LayerPass
 from lipcore.layers import Batch, Rule
 
-_LEAST_TOKENS = 48  # below, an ordinary weight gradient and a Gram cost less
+LEAST_TOKENS = 48  # below, an ordinary weight gradient and a Gram cost less
 
 
 def can_fuse(rule: Rule, module: Any, arguments: tuple[Any, ...], batch: Batch) -> bool:
@@ -21,7 +21,7 @@ def can_fuse(rule: Rule, module: Any, arguments: tuple[Any, ...], batch: Batch) 
         return False
     x = arguments[0]
     tokens: int = x.numel() // max(1, x.shape[-1] * batch.size)
-    return tokens >= _LEAST_TOKENS and bool(module.weight.requires_grad)
+    return tokens >= LEAST_TOKENS and bool(module.weight.requires_grad)
 
 
 class FusedSite(Protocol):

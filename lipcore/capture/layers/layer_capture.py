@@ -90,6 +90,7 @@ class LayerCapture:
         self._options = options
         self._signs = Signs()
         self._compiled = any(is_compiled(module) for module in model.modules())
+        self.fuses = options.fused and not self._compiled
         self._hooks: ModelHooks | None = None
         self._kept: KeptFactors | None = None  # of the last record
         self._differs = ""  # what else comes to the parameters, when sums were compared last

@@ -322,8 +322,10 @@ class LayerSite:
                 if run.calls[weight] > 1:  # to be joined
                     run.add_factor(weight, factors["weight"])
                     return None
-                together = functional.linear.made_in_one_pass(tokens, grads)
-                self.how = "inside the weight gradient" if together else factors["weight"].how
+                if functional.linear.made_in_one_pass(tokens, grads):
+                    self.how = "inside the weight gradient"
+                elif not self.how:
+                    self.how = factors["weight"].how
                 weight_grad, norms_sq = functional.linear_weight_grad(tokens, grads, offsets=batch.offsets)
                 run.add_row(weight, norms_sq)
                 run.keep_factors({weight: factors["weight"]})

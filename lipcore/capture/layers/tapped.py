@@ -19,6 +19,10 @@ class TappedLayers(Protocol):
         """Layers with a rule, each with its name, module and parameters."""
 
     @property
+    def fuses(self) -> bool:
+        """True where the weight gradients of Linears are lipcore's: with fused=True, unless the model is compiled."""
+
+    @property
     def coverage(self) -> ParameterCoverage:
         """Coverage of the parameters, which says of each whether it is measured."""
 

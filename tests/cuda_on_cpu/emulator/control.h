@@ -25,7 +25,7 @@ void emulator_set_device(int device);
 void emulator_set_capability(int capability);  // of all, major * 10 + minor
 void emulator_set_capability_of(int device, int capability);
 int emulator_capability();
-void emulator_set_oldest(int capability);             // for which kernels were compiled
+void emulator_set_oldest(int capability, int error);  // for which kernels were compiled; what older devices say
 void emulator_set_versions(int toolkit, int driver);  // 1000 * major + 10 * minor; driver 0: there is none
 int64_t emulator_questions();                         // to the runtime so far, that initialise it
 

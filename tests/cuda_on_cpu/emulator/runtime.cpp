@@ -9,7 +9,7 @@ bool is_capturing(void* stream);
 
 namespace {
 
-int g_capability[kDevices] = {90, 90}, g_oldest = 0;
+int g_capability[kDevices] = {90, 90}, g_oldest = 0, g_lack = 0;
 int g_toolkit = 13000, g_driver = 13000;
 int64_t g_questions = 0;
 
@@ -25,7 +25,7 @@ int capability() { return g_capability[current_launch() ? current_launch()->devi
 
 int find_code() {
   const cudaError_t error = ready();
-  return error == cudaSuccess && capability() < g_oldest ? cudaErrorNoKernelImageForDevice : error;
+  return error == cudaSuccess && capability() < g_oldest ? g_lack : error;
 }
 
 }  // namespace emulator
@@ -35,7 +35,10 @@ void emulator_set_capability(int capability) {
 }
 void emulator_set_capability_of(int device, int capability) { emulator::g_capability[device] = capability; }
 int emulator_capability() { return emulator::capability(); }
-void emulator_set_oldest(int capability) { emulator::g_oldest = capability; }
+void emulator_set_oldest(int capability, int error) {
+  emulator::g_oldest = capability;
+  emulator::g_lack = error;
+}
 void emulator_set_versions(int toolkit, int driver) {
   emulator::g_toolkit = toolkit;
   emulator::g_driver = driver;
@@ -89,6 +92,10 @@ const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorInvalidConfiguration";
     case cudaErrorInvalidResourceHandle:
       return "cudaErrorInvalidResourceHandle";
+    case cudaErrorMemoryAllocation:
+      return "cudaErrorMemoryAllocation";
+    case cudaErrorInvalidDeviceFunction:
+      return "cudaErrorInvalidDeviceFunction";
     case cudaErrorInsufficientDriver:
       return "cudaErrorInsufficientDriver";
     case cudaErrorNoKernelImageForDevice:
