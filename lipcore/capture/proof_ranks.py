@@ -76,6 +76,12 @@ class Ranks:
         self.withdraw(number)
         return False
 
+    def skip(self, number: int) -> None:
+        """Tell the other ranks that this one, which has announced the pass of this number, proves nothing in it."""
+        if number in self._announced:
+            self._announced.remove(number)
+            self.miss(str(number))
+
     def settle(self, proof: str, passes: str) -> bool:
         """Return whether all ranks run the passes of a proof, the same on each of them; waits for the others.
 

@@ -16,6 +16,9 @@ from uneven_situations import situations
 
 from lipcore.capture import proof_ranks
 from lipcore.capture.proof_ranks import Ranks
+from lipcore.capture.taps.collector import MicroBatch, inert_collector
+from lipcore.capture.taps.sharded_check import ShardedCheck
+from lipcore.capture.taps.site import Site
 
 _NO_OUTPUT = "none of the model's outputs has a batch dimension"
 _OTHERS = "the model is sharded, and on another rank the batch or the graph allows no such passes"
@@ -74,6 +77,17 @@ def test_a_flaw_that_one_rank_s_samples_show(found: Found) -> None:
     assert second["weights"]
 
 
+_SITES: Any = (Site("first", print), Site("", print))
+
+
+def _check(ranks: Ranks) -> ShardedCheck:
+    """The checks of a rank whose layer named with input= stands alone."""
+    tap: Any = types.SimpleNamespace(stands_alone=True, off="", by_product=True, begin_sharded=lambda checks: None)
+    check = ShardedCheck(nn.Linear(1, 1), tap, inert_collector())
+    check.ranks = ranks
+    return check
+
+
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> list[Ranks]:
     """Two ranks of one model, in one process."""
@@ -99,6 +113,26 @@ def test_whoever_comes_first_decides(ranks: list[Ranks]) -> None:
     other.miss("3")  # which is told already
     assert not one.settle("4", "some")
     assert not other.settle("4", "others")
+
+
+@pytest.mark.parametrize("when", ["before the pass", "in its first lines"])
+def test_a_rank_that_refuses_what_it_has_announced(ranks: list[Ranks], when: str) -> None:
+    """The others have no reason to wait for it: it has told them when its forward pass is over."""
+    checks = [_check(each) for each in ranks]
+    for check in checks:
+        check.begin(*_SITES)
+        check.end(MicroBatch(), raised=False)
+    other = checks[1]
+    assert ranks[0]._announced == ranks[1]._announced == {2}
+    if when == "before the pass":
+        other._tap.off = "a reason"
+    for check in checks:
+        check.begin(*_SITES)
+    other._tap.off = "a reason"
+    other.end(MicroBatch(), raised=False)
+    assert ranks[0].agree(2)
+    assert ranks[0]._store.check([f"{ranks[0]._key}/2/decision"])
+    assert not ranks[0].settle("2", "check")
 
 
 def test_ranks_that_run_the_same_passes(ranks: list[Ranks], monkeypatch: pytest.MonkeyPatch) -> None:
