@@ -95,7 +95,7 @@ class InputHook:
         self._now = _UnderWay()
         tap.sharded = gathers_by_part(model) and under_process_group()
         self._sharded = ShardedCheck(model, tap, collector) if tap.sharded else None
-        self._stands_alone = at is not model or (tap.sharded and modules_in_order(model, sharded=True) is not None)
+        self._stands_alone = False
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nothing, ()
@@ -147,6 +147,10 @@ class InputHook:
         """Begin a forward pass of a sharded model, and leave its input as it is."""
         tap, sharded = self.tap, self._sharded
         assert sharded is not None
+        # Hooks that come later may lead past the first layer.
+        self._stands_alone = self.at is not self._model or modules_in_order(self._model, sharded=True) is not None
+        if not self._stands_alone and not sharded.is_proved:
+            tap.stands_alone = False
         if self._stands_alone and not tap.stands_alone and not tap.off:
             tap.allow()
             sharded.start()
@@ -256,10 +260,9 @@ class InputHook:
         by_graph = not compiled and not self._hooked  # which the check will go through once more
         if by_graph and self.at is self._model and modules_in_order(self._model) is not None:
             return True
-        pick = self.last.taps[0].pick if self.last is not None and not self.last.target else _as_it_is
         layer = self.first.module if compiled and self.first is not None else None
         layers = () if layer is None else (layer,)
-        found = trial(Question(self._model, self.at, x, arguments, keywords, pick, layers))
+        found = trial(Question(self._model, self.at, x, arguments, keywords, self._pick, layers))
         if found.exchanges:
             self._collector.fail(ValueError(EXCHANGES))
         if found.refusal:
@@ -342,11 +345,12 @@ class InputHook:
             back()
         under_way.undo.clear()
 
-    def end(self, *, raised: bool, compiled: bool) -> None:
-        """End a forward pass of the model, whether or not it raised: put the user's objects back, and arrange for the
-        check."""
+    def end(self, output: Any, *, compiled: bool) -> None:
+        """End a forward pass of the model: put the user's objects back, and arrange for the check; `output`: what it
+        returns, None where it has raised."""
+        raised = output is None
         if self._sharded is not None:
-            self._end_sharded(self._collector.under_way.micro, raised=raised)
+            self._end_sharded(self._collector.under_way.micro, output)
             return
         under_way, self._now.passing = self._now.passing, None
         if under_way is None or under_way.alias is None:
@@ -363,15 +367,32 @@ class InputHook:
         except Exception as error:
             self._give_up(error)
 
-    def _end_sharded(self, micro: MicroBatch | None, *, raised: bool) -> None:
+    def _end_sharded(self, micro: MicroBatch | None, output: Any) -> None:
         assert self._sharded is not None
+        raised = output is None
         try:
             if micro is not None:
+                self._compare(micro, output)
                 self._sharded.end(micro, raised=raised)
             if not raised and self.tap.by_product is False and self.tap.is_vector:
                 self.tap.refuse(PAST)
         except Exception as error:
             self._give_up(error)
+
+    def _compare(self, micro: MicroBatch, output: Any) -> None:
+        """Compare a pass of a sharded model with a proof that was asked for, where no other reason shows as much."""
+        assert self._sharded is not None
+        if output is None or self._stands_alone or not self.tap.stands_alone or self.tap.off:
+            return
+        try:
+            self._sharded.compare(self._pick(output), micro.sources.get(self.tap))
+        except Exception as error:
+            self._give_up(error)
+
+    @property
+    def _pick(self) -> Callable[[Any], Any]:
+        """The function that returns the tensor of the model's output that is meant."""
+        return self.last.taps[0].pick if self.last is not None and not self.last.target else _as_it_is
 
     @property
     def is_sharded(self) -> bool:
@@ -388,8 +409,7 @@ class InputHook:
         between the input and the rest; return why not, or ""."""
         assert self._sharded is not None
         first = None if self.first is None else self.first.module
-        pick = self.last.taps[0].pick if self.last is not None and not self.last.target else _as_it_is
-        return self._sharded.prove(self.at, first, pick, arguments, keywords)
+        return self._sharded.prove(self.at, first, self._pick, arguments, keywords)
 
     def _look(self, under_way: _Pass) -> None:
         nodes = under_way.micro.nodes

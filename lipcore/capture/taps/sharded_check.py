@@ -20,6 +20,8 @@ from lipcore.capture.once_only import why_once_only
 from lipcore.capture.proof import own_backward
 from lipcore.capture.proof_ranks import Ranks
 from lipcore.capture.taps.collector import Collector, MicroBatch
+from lipcore.capture.taps.graph import Operations, operations_of
+from lipcore.capture.taps.input_alias import Source
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
 from lipcore.capture.taps.trial import Question, Trial, trial, two_of
@@ -41,6 +43,12 @@ PAST = (
     "of a sharded model can take the gradient at the input by itself; name a layer, input='<module>', or call "
     "lipcore.local_lipschitz on a copy that is not sharded"
 )
+#: Why a proof does not hold any more.
+OTHER_OPERATIONS = (
+    "a pass has done other operations than that of monitor.prove(batch), which has shown that the output depends on "
+    "the input by way of the first layer alone: call it again on all ranks, of the model as it is now, or name the "
+    "layer that lambda is to be at, input='<module>'"
+)
 _OTHER_RANKS = "another rank was given a batch on which there is nothing to prove"
 _MIXES = "the output of a sample depends on other samples of the batch"
 _VECTOR = "not compared with the gradients of single samples: the output has several values per sample"
@@ -61,6 +69,7 @@ class ShardedCheck:
         self.passes = 0
         self._asked = self._proofs = 0
         self._look: Look | None = None
+        self._proved: set[Operations] = set()
 
     @staticmethod
     def _is_due(number: int) -> bool:
@@ -98,12 +107,34 @@ class ShardedCheck:
         try:
             if raised or not self.ranks.agree(self.passes):
                 return
-            able = bool(self._tap.by_product) and look.is_ready and not has_backward_hooks(self._model)
+            able = (
+                bool(self._tap.by_product)
+                and not self._tap.off
+                and look.is_ready
+                and not has_backward_hooks(self._model)
+            )
             if self.ranks.settle(number, "check" if able else "") and able:
                 look.run(self._model, micro)
         finally:
             look.forget()
             self.ranks.miss(number)
+
+    @property
+    def is_proved(self) -> bool:
+        """True where the user has asked for a proof, which has succeeded."""
+        return bool(self._proved)
+
+    def compare(self, output: Any, x: Source | None) -> None:
+        """Refuse lambda where a pass has done other operations than those of a proof that the user has asked for.
+
+        Args:
+            output: the tensor that is meant, of what the model has returned.
+            x: the model's input.
+        """
+        if not isinstance(output, Tensor) or output.grad_fn is None:
+            return
+        if operations_of(output.grad_fn, () if x is None else (x.node,)) not in self._proved:
+            self._tap.refuse(OTHER_OPERATIONS)
 
     def prove(
         self,
@@ -146,7 +177,9 @@ class ShardedCheck:
         plain = not found.past and found.layer is not None and is_affine(found.layer, sharded=True)
         tap.off = found.refusal or ("" if plain else PAST)
         if tap.off:
+            self._proved.discard(found.operations)
             return tap.off
+        self._proved.add(found.operations)
         tap.allow()
         self.start()
         tap.mixing = tap.mixing or found.mixes
