@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lipcore import Lipschitz, Monitor, PerSampleGradNorms
+from lipcore import Lipschitz, Monitor, PerSampleGradNorms, Trajectory
 
 dist = torch.distributed
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
@@ -167,3 +167,36 @@ def test_passes_that_do_the_same_are_known_again(amp: bool, beside: bool) -> Non
         for _ in range(2):
             model(torch.randn(3, 4)).square().mean().backward()  # the second takes what autocast has kept
             assert constant(monitor, model).valid
+
+
+@pytest.mark.filterwarnings("ignore:lipcore turned local_lipschitz off:UserWarning")
+@pytest.mark.parametrize("named", ["", pytest.param("first", marks=pytest.mark.ci)])
+def test_no_gradients_begin_at_a_frozen_layer(named: str) -> None:
+    """Inputs that require gradients have fully_shard() reduce the layers behind it at another time than on ranks
+    without the metric, and the gradients of two layers would be mixed up."""
+    model: Any = made(chain=False)
+    model.first.requires_grad_(False)
+    asked: list[bool] = []
+    model.last.register_forward_pre_hook(lambda module, into: asked.append(into[0].requires_grad))
+    monitor = Monitor(model, metrics=[Lipschitz(input=named or None), Trajectory()], window_steps=None)
+    with pytest.warns(match="its output requires no gradient"), pytest.raises(ValueError, match="name a layer that"):
+        for _ in range(2):
+            model(torch.randn(5, 4)).square().mean().backward()
+            monitor.step()
+    assert asked
+    assert not any(asked)
+
+
+@pytest.mark.ci
+@pytest.mark.filterwarnings("ignore:lipcore turned local_lipschitz off:UserWarning")
+@pytest.mark.filterwarnings("ignore:lipcore.*its output requires no gradient")
+def test_the_default_goes_on_beside_a_frozen_layer() -> None:
+    model: Any = made(chain=False)
+    model.first.requires_grad_(False)
+    with Monitor(model, window_steps=None) as monitor:
+        for _ in range(2):
+            model(torch.randn(5, 4)).square().mean().backward()
+            monitor.step()
+        window = monitor.close_window()
+    assert window is not None
+    assert "its output requires no gradient" in window.off["lipschitz"]

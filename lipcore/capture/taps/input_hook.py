@@ -46,6 +46,11 @@ _SHARDED = (
     "training's own backward pass only, or never; lipcore.local_lipschitz on a copy that is not sharded gives it at "
     "any points"
 )
+_FROZEN = (
+    "its output requires no gradient (the layer is frozen, as is all before it), and in a model whose parameters are "
+    "sharded over ranks (fully_shard) none is begun there: layers behind it would be reduced at other times than on "
+    "ranks without this metric; name a layer that trains, input='<module>'"
+)
 _NOT_PROVED = (
     "the model's parameters are sharded over ranks (fully_shard), and nothing has shown that the output depends on the "
     "input by way of the first layer alone, as it does in an nn.Sequential of torch's own layers: call "
@@ -95,6 +100,7 @@ class InputHook:
         self._now = _UnderWay()
         tap.sharded = gathers_by_part(model) and under_process_group()
         self._sharded = ShardedCheck(model, tap, collector) if tap.sharded else None
+        self.leaves_alone = _FROZEN if tap.sharded else ""  #: why no output inside the model may begin gradients
         self._stands_alone = False
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:

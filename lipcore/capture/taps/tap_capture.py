@@ -119,6 +119,8 @@ class Capture:
                 hook.first = site
             elif tap.last in site.taps:
                 hook.last = site
+            if site.target:
+                site.left_alone = hook.leaves_alone
         return hook
 
     def _hook_taps(self) -> None:
