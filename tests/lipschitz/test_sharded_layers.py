@@ -200,3 +200,14 @@ def test_the_default_goes_on_beside_a_frozen_layer() -> None:
         window = monitor.close_window()
     assert window is not None
     assert "its output requires no gradient" in window.off["lipschitz"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 0.1), pytest.param(torch.float64, 1e-8, marks=pytest.mark.ci)]
+)
+def test_the_first_check_has_the_tolerance_of_its_pass(dtype: torch.dtype, tolerance: float) -> None:
+    metric = Lipschitz()
+    monitor = Monitor(model := made(chain=True).to(dtype), metrics=[metric])
+    model(torch.randn(5, 4, dtype=dtype)).square().mean().backward()
+    assert metric._at_input.tolerance == tolerance
+    monitor.close()
