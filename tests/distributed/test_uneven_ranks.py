@@ -135,6 +135,23 @@ def test_a_rank_that_refuses_what_it_has_announced(ranks: list[Ranks], when: str
     assert not ranks[0].settle("2", "check")
 
 
+def test_a_store_that_is_gone(ranks: list[Ranks], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank that has it may have ended: the others go on, in their forward passes too, and can close."""
+
+    def gone(*arguments: Any) -> None:
+        raise torch.distributed.DistNetworkError("Failed to recv, got 0 bytes")
+
+    one = ranks[0]
+    one.announce(1)
+    monkeypatch.setattr(one, "_store", types.SimpleNamespace(add=gone, compare_set=gone))
+    one.announce(2)
+    assert not one.agree(1)
+    one.skip(1)
+    one.miss("3")
+    one.withdraw(0)
+    assert not one._announced
+
+
 def test_ranks_that_run_the_same_passes(ranks: list[Ranks], monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = ranks
     found: list[bool] = []
