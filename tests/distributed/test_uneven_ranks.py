@@ -152,6 +152,17 @@ def test_a_store_that_is_gone(ranks: list[Ranks], monkeypatch: pytest.MonkeyPatc
     assert not one._announced
 
 
+def test_checks_are_announced_as_early_as_they_are_known(ranks: list[Ranks]) -> None:
+    """No pass may gather anything, so that nothing else makes a rank wait for the others' announcements."""
+    check = _check(ranks[0])
+    check.start()
+    assert ranks[0]._announced == {1}
+    for number, announced in enumerate(({1, 2}, {2, 4}, {4}, {4, 64}), 1):
+        check.begin(*_SITES)
+        assert {each for each in ranks[0]._announced if each >= number} == announced
+        check.end(MicroBatch(), raised=True)
+
+
 def test_ranks_that_run_the_same_passes(ranks: list[Ranks], monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = ranks
     found: list[bool] = []

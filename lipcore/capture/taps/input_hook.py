@@ -101,10 +101,16 @@ class InputHook:
         tap.sharded = gathers_by_part(model) and under_process_group()
         self._sharded = ShardedCheck(model, tap, collector) if tap.sharded else None
         self.leaves_alone = _FROZEN if tap.sharded else ""  #: why no output inside the model may begin gradients
-        self._stands_alone = False
+        self._stands_alone = self._sharded is not None and self._is_alone()
+        if self._sharded is not None and self._stands_alone:
+            self._sharded.ranks.announce(1)  # the first pass may gather nothing, and so wait for no other rank
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nothing, ()
+
+    def _is_alone(self) -> bool:
+        """Return whether the structure of a sharded model says that its first layer stands alone on the input."""
+        return self.at is not self._model or modules_in_order(self._model, sharded=True) is not None
 
     def _failed(self, error: Exception) -> None:
         self.tap.refuse(str(error))
@@ -153,8 +159,7 @@ class InputHook:
         """Begin a forward pass of a sharded model, and leave its input as it is."""
         tap, sharded = self.tap, self._sharded
         assert sharded is not None
-        # Hooks that come later may lead past the first layer.
-        self._stands_alone = self.at is not self._model or modules_in_order(self._model, sharded=True) is not None
+        self._stands_alone = self._is_alone()  # hooks that come later may lead past the first layer
         if not self._stands_alone and not sharded.is_proved:
             tap.stands_alone = False
         if self._stands_alone and not tap.stands_alone and not tap.off:

@@ -9,6 +9,7 @@ the outputs of two samples to the output of that layer.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -86,9 +87,10 @@ class ShardedCheck:
         """Count a pass, and return what looks at it where it is to be checked."""
         self.passes += 1
         self._look = None
-        if self._is_due(self.passes + 1) and self._tap.stands_alone and not self._tap.off:
-            self.ranks.announce(self.passes + 1)
         due = self._is_due(self.passes) or self.passes == self._asked
+        if due and self._tap.stands_alone and not self._tap.off:
+            # As early as may be: on devices, and where a pass gathers nothing, no rank waits for the others in it.
+            self.ranks.announce(next(filter(self._is_due, itertools.count(self.passes + 1))))
         wanted = due and self._tap.stands_alone and not self._tap.off and first is not None and last is not None
         if wanted:
             assert first is not None
