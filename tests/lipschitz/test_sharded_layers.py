@@ -211,3 +211,21 @@ def test_the_first_check_has_the_tolerance_of_its_pass(dtype: torch.dtype, toler
     model(torch.randn(5, 4, dtype=dtype)).square().mean().backward()
     assert metric._at_input.tolerance == tolerance
     monitor.close()
+
+
+@pytest.mark.ci
+def test_integers_need_no_check() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(8, 1))
+    for part in (model[0], model[2], model):
+        fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+    monitor = Monitor(model, metrics=[Lipschitz()])
+    for _ in range(2):
+        model(torch.randint(0, 5, (3, 2))).square().mean().backward()
+        monitor.step()
+    window = monitor.close_window()
+    assert window is not None
+    ((_, values),) = window["lipschitz"].local_lipschitz.items()
+    assert values.max.label == "exact"
