@@ -229,3 +229,16 @@ def test_integers_need_no_check() -> None:
     assert window is not None
     ((_, values),) = window["lipschitz"].local_lipschitz.items()
     assert values.max.label == "exact"
+
+
+@pytest.mark.ci
+@pytest.mark.filterwarnings("ignore:lipcore turned local_lipschitz off:UserWarning")
+def test_a_hook_on_the_layer_is_told_by_its_own_reason() -> None:
+    model: Any = made(chain=False)
+    handle = model.first.register_forward_hook(lambda module, into, out: None)
+    monitor = Monitor(model, metrics=[Lipschitz(input="first")])
+    assert "the first layer (Linear) may return something else" in constant(monitor, model).note
+    assert "hooks of others" in monitor.prove(torch.randn(5, 4))["lipschitz"]
+    handle.remove()
+    assert monitor.prove(torch.randn(5, 4)) == {"lipschitz": ""}
+    assert constant(monitor, model).valid

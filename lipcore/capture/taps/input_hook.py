@@ -21,7 +21,7 @@ from lipcore.capture.taps.graph import goes_past
 from lipcore.capture.taps.graph_check import GraphCheck
 from lipcore.capture.taps.identity import Probed
 from lipcore.capture.taps.input_alias import Source, alias_of
-from lipcore.capture.taps.sharded_check import PAST, ShardedCheck
+from lipcore.capture.taps.sharded_check import ShardedCheck, why_not_alone
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
 from lipcore.capture.taps.trial import Question, Trial, exchanges, trial
@@ -388,7 +388,7 @@ class InputHook:
             if raised or self.tap.by_product is not False:
                 return
             if self.tap.is_vector:
-                self.tap.refuse(PAST)
+                self.tap.refuse(why_not_alone(None if self.first is None else self.first.module))
             else:
                 self.tap.unproved = ""  # lambda is by the gradient at an Embedding's output, as in any model
         except Exception as error:

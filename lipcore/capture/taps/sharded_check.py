@@ -29,7 +29,7 @@ from lipcore.capture.taps.trial import Question, Trial, trial, two_of
 from lipcore.models.affine import is_affine
 from lipcore.models.chains import FIRST_LAYER_TYPES
 from lipcore.models.gathered import let_go, nothing_reduced
-from lipcore.models.names import named_modules
+from lipcore.models.names import class_before_sharding, named_modules
 from lipcore.models.restored import all_put_back
 from lipcore.models.torch_internals import has_backward_hooks
 
@@ -40,9 +40,15 @@ _ALONE = (
 )
 #: Why a proof has not shown that the first layer's weight gives the numbers.
 PAST = (
-    "the output depends on the model's input by more ways than W_1 x + b_1 of the first layer that runs, and no rank "
-    "of a sharded model can take the gradient at the input by itself; name a layer, input='<module>', or call "
-    "lipcore.local_lipschitz on a copy that is not sharded"
+    "the output depends on the model's input by more ways than W_1 x + b_1 of the first layer that runs, or that layer "
+    "is given something else (a cast, by a MixedPrecisionPolicy of that layer alone), and no rank of a sharded model "
+    "can take the gradient at the input by itself; name a layer, input='<module>', or call lipcore.local_lipschitz on "
+    "a copy that is not sharded"
+)
+_NOT_PLAIN = (
+    "the first layer ({0}) may return something else than W_1 x + b_1: it has hooks of others, a forward of its own, "
+    "or is no layer of torch's own; take these off and call monitor.prove(batch) on all ranks, name another layer, "
+    "input='<module>', or call lipcore.local_lipschitz on a copy that is not sharded"
 )
 #: Why a proof does not hold any more.
 OTHER_OPERATIONS = (
@@ -54,6 +60,13 @@ _OTHER_RANKS = "another rank was given a batch on which there is nothing to prov
 _MIXES = "the output of a sample depends on other samples of the batch"
 _VECTOR = "not compared with the gradients of single samples: the output has several values per sample"
 _MIXED = "not compared with the gradients of single samples: the batch mixes them"
+
+
+def why_not_alone(layer: nn.Module | None) -> str:
+    """Return why the weight of a sharded model's first layer gives no numbers, where it does not."""
+    if layer is None or is_affine(layer, sharded=True):
+        return PAST
+    return _NOT_PLAIN.format(class_before_sharding(layer).__name__)
 
 
 class ShardedCheck:
@@ -177,7 +190,7 @@ class ShardedCheck:
                 self.ranks.miss(part)
             let_go(self._model)
         plain = not found.past and found.layer is not None and is_affine(found.layer, sharded=True)
-        tap.off = found.refusal or ("" if plain else PAST)
+        tap.off = found.refusal or ("" if plain else why_not_alone(found.layer))
         if tap.off:
             self._proved.discard(found.operations)
             return tap.off
