@@ -242,3 +242,23 @@ def test_a_hook_on_the_layer_is_told_by_its_own_reason() -> None:
     handle.remove()
     assert monitor.prove(torch.randn(5, 4)) == {"lipschitz": ""}
     assert constant(monitor, model).valid
+
+
+class Counting(Net):
+    """It adds a number up over the ranks in its forward pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(torch.ones(1))
+        return super().forward(x)
+
+
+def test_a_pass_that_speaks_to_other_ranks_is_told_once() -> None:
+    """What it says is not known: the words have both, and what to do."""
+    model = made(chain=False, sharded=False, kind=Counting)
+    monitor = Monitor(model, metrics=[Lipschitz()])
+    with pytest.warns(match="other ranks") as said:
+        model(torch.randn(5, 4)).square().mean().backward()
+    assert len(said) == 1
+    assert "outside of forward()" in str(said[0].message)
+    with pytest.raises(ValueError, match="exchanges activations"):
+        monitor.close()

@@ -276,6 +276,7 @@ class InputHook:
         found = trial(Question(self._model, self.at, x, arguments, keywords, self._pick, layers))
         if found.exchanges:
             self._collector.fail(ValueError(EXCHANGES))
+            return False
         if found.refusal:
             self.tap.refuse(found.refusal)
             return False
