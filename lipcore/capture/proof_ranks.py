@@ -53,8 +53,11 @@ class Ranks:
     def announce(self, number: int) -> None:
         """Announce that this rank will prove the pass of this number, which has not begun."""
         if not self._out and number not in self._announced:
-            self._store.add(f"{self._key}/{number}", 1)
-            self._announced.add(number)
+            try:
+                self._store.add(f"{self._key}/{number}", 1)
+                self._announced.add(number)
+            except RuntimeError:  # the store is gone, and the rank that had it
+                self._out = True
 
     def withdraw(self, after: int) -> None:
         """Take back this rank's announcements of passes after the one of this number, and take part in no more
@@ -62,19 +65,27 @@ class Ranks:
         self._out = True
         for number in {number for number in self._announced if number > after}:
             self._announced.remove(number)
-            self._store.add(f"{self._key}/{number}", _WITHDRAWN)
+            with suppress(RuntimeError):  # the store is gone, and nobody waits
+                self._store.add(f"{self._key}/{number}", _WITHDRAWN)
 
     def agree(self, number: int) -> bool:
         """Return whether all ranks have announced the pass of this number, which has ended on this rank."""
         if number not in self._announced:
             return False
         self._announced.remove(number)
-        made, made_sq = (self._store.add(f"{self._model}/{what}", 0) for what in ("made", "made_sq"))
-        if self._store.add(f"{self._key}/{number}", 0) == self._size and self._size * made_sq == made * made:
-            return True
-        self._store.add(f"{self._key}/{number}", _WITHDRAWN)
+        with suppress(RuntimeError):  # the store is gone
+            made, made_sq = (self._store.add(f"{self._model}/{what}", 0) for what in ("made", "made_sq"))
+            if self._store.add(f"{self._key}/{number}", 0) == self._size and self._size * made_sq == made * made:
+                return True
+            self._store.add(f"{self._key}/{number}", _WITHDRAWN)
         self.withdraw(number)
         return False
+
+    def skip(self, number: int) -> None:
+        """Tell the other ranks that this one, which has announced the pass of this number, proves nothing in it."""
+        if number in self._announced:
+            self._announced.remove(number)
+            self.miss(str(number))
 
     def settle(self, proof: str, passes: str) -> bool:
         """Return whether all ranks run the passes of a proof, the same on each of them; waits for the others.

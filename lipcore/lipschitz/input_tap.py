@@ -80,6 +80,8 @@ class ModelInputTap(InputTap):
         chosen = chosen_input(unwrap(self._model), self.choice, arguments, keywords)
         self.is_vector = chosen is not None
         self._dtype = chosen.dtype if chosen is not None else self._dtype
+        if self.sharded:
+            self._set_tolerance()  # asks() does it elsewhere
         return chosen
 
     def bind(self, model: nn.Module) -> None:
@@ -128,8 +130,6 @@ class ModelInputTap(InputTap):
     def begin_sharded(self, *, checks: bool) -> None:
         """Begin a pass of a sharded model, in which nothing but W_1 gives lambda."""
         self.checks = checks and not self.off
-        if self.checks:
-            self._set_tolerance()
 
     def allow(self) -> None:
         """Take lambda by W_1 of a sharded model from here on: it is proved that W_1 stands alone on the input."""

@@ -109,7 +109,8 @@ class Lipschitz(StandaloneMetric):
 
     Where ranks gather parameters as layers run (``fully_shard``), lambda is taken by W_1 alone, in an ``nn.Sequential``
     of torch's own layers, at a layer that `input` names, and elsewhere from :meth:`Monitor.prove` on. All ranks run the
-    check together, in passes 1, 2, 4, 64, 128, ...; where they do not, lambda is labelled heuristic.
+    check together, in passes 1, 2, 4, 64, 128, ...; where they do not, lambda is labelled heuristic. It is absent from
+    a pass on that does other operations than the proved one.
 
     Args:
         model: a module, to use the metric alone (call update() after every optimizer step); leave it out inside a

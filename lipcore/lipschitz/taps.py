@@ -29,7 +29,7 @@ _SPARSE = 32  # above, W_1^T delta costs what the layer's forward does: once in 
 #: Why there is no W_1 in a backward pass of a sharded model.
 NOT_GATHERED = (
     "the weight of the first layer '{0}' is not there as a whole when the gradient comes to that layer's output "
-    "(fully_shard() gathers it later: MixedPrecisionPolicy(output_dtype=), an operation in place behind it?)"
+    "(fully_shard() gathers it later: MixedPrecisionPolicy(output_dtype=), say)"
 )
 
 _SMALLEST = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
@@ -118,6 +118,8 @@ class FirstLayerTap(FirstLayer):
     def lost(self, reason: str) -> None:
         """Report that there is no first layer to tap, or that it is called twice."""
         self._on_lost(reason)
+        if self._at_input.sharded:
+            self._at_input.refuse(reason)  # nothing else gives lambda there
 
     def save_from(
         self, sources: Mapping[InputTap, Source], module: nn.Module, arguments: tuple[Any, ...]

@@ -56,7 +56,8 @@ def below_ddp(model: nn.Module) -> nn.Module:
 #: Why numbers of single samples cannot be told where a pass speaks to other ranks.
 EXCHANGES = (
     "model: its pass exchanges activations with other ranks (tensor, sequence, context or expert parallelism), so that "
-    "the gradient of a sample lies on several of them, and this rank would measure parts"
+    "the gradient of a sample lies on several of them, and this rank would measure parts; if it only adds up numbers "
+    "over the ranks (statistics, counts), which cannot be told apart, do that outside of forward()"
 )
 
 

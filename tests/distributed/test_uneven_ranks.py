@@ -16,6 +16,9 @@ from uneven_situations import situations
 
 from lipcore.capture import proof_ranks
 from lipcore.capture.proof_ranks import Ranks
+from lipcore.capture.taps.collector import MicroBatch, inert_collector
+from lipcore.capture.taps.sharded_check import ShardedCheck
+from lipcore.capture.taps.site import Site
 
 _NO_OUTPUT = "none of the model's outputs has a batch dimension"
 _OTHERS = "the model is sharded, and on another rank the batch or the graph allows no such passes"
@@ -74,6 +77,17 @@ def test_a_flaw_that_one_rank_s_samples_show(found: Found) -> None:
     assert second["weights"]
 
 
+_SITES: Any = (Site("first", print), Site("", print))
+
+
+def _check(ranks: Ranks) -> ShardedCheck:
+    """The checks of a rank whose layer named with input= stands alone."""
+    tap: Any = types.SimpleNamespace(stands_alone=True, off="", by_product=True, begin_sharded=lambda checks: None)
+    check = ShardedCheck(nn.Linear(1, 1), tap, inert_collector())
+    check.ranks = ranks
+    return check
+
+
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> list[Ranks]:
     """Two ranks of one model, in one process."""
@@ -99,6 +113,54 @@ def test_whoever_comes_first_decides(ranks: list[Ranks]) -> None:
     other.miss("3")  # which is told already
     assert not one.settle("4", "some")
     assert not other.settle("4", "others")
+
+
+@pytest.mark.parametrize("when", ["before the pass", "in its first lines"])
+def test_a_rank_that_refuses_what_it_has_announced(ranks: list[Ranks], when: str) -> None:
+    """The others have no reason to wait for it: it has told them when its forward pass is over."""
+    checks = [_check(each) for each in ranks]
+    for check in checks:
+        check.begin(*_SITES)
+        check.end(MicroBatch(), raised=False)
+    other = checks[1]
+    assert ranks[0]._announced == ranks[1]._announced == {2}
+    if when == "before the pass":
+        other._tap.off = "a reason"
+    for check in checks:
+        check.begin(*_SITES)
+    other._tap.off = "a reason"
+    other.end(MicroBatch(), raised=False)
+    assert ranks[0].agree(2)
+    assert ranks[0]._store.check([f"{ranks[0]._key}/2/decision"])
+    assert not ranks[0].settle("2", "check")
+
+
+def test_a_store_that_is_gone(ranks: list[Ranks], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank that has it may have ended: the others go on, in their forward passes too, and can close."""
+
+    def gone(*arguments: Any) -> None:
+        raise torch.distributed.DistNetworkError("Failed to recv, got 0 bytes")
+
+    one = ranks[0]
+    one.announce(1)
+    monkeypatch.setattr(one, "_store", types.SimpleNamespace(add=gone, compare_set=gone))
+    one.announce(2)
+    assert not one.agree(1)
+    one.skip(1)
+    one.miss("3")
+    one.withdraw(0)
+    assert not one._announced
+
+
+def test_checks_are_announced_as_early_as_they_are_known(ranks: list[Ranks]) -> None:
+    """No pass may gather anything, so that nothing else makes a rank wait for the others' announcements."""
+    check = _check(ranks[0])
+    check.start()
+    assert ranks[0]._announced == {1}
+    for number, announced in enumerate(({1, 2}, {2, 4}, {4}, {4, 64}), 1):
+        check.begin(*_SITES)
+        assert {each for each in ranks[0]._announced if each >= number} == announced
+        check.end(MicroBatch(), raised=True)
 
 
 def test_ranks_that_run_the_same_passes(ranks: list[Ranks], monkeypatch: pytest.MonkeyPatch) -> None:

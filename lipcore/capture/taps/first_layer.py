@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipcore.capture.proof import is_proof
 from lipcore.capture.taps.collector import Collector, inert_collector
 from lipcore.capture.taps.forward_hook import ForwardHook, inert_hook
 from lipcore.capture.training_pass import in_backward, is_plain_run
@@ -60,6 +61,8 @@ class FirstLayerFinder:
     def _ran(self, name: str, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         collector = self._collector
         if self.found or torch.compiler.is_compiling() or not collector.tapping or not is_plain_run():
+            return None
+        if is_proof():  # a checkpoint runs forward again, in a backward pass that is not the training's
             return None
         inside = collector.under_way.micro is not None
         if not torch.is_grad_enabled():

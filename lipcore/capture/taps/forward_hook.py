@@ -84,6 +84,12 @@ class ForwardHook:
         except Exception as error:
             collector.fail(error)
             return None
+        if output.grad_fn is None and site.left_alone:
+            if site.optional:
+                collector.lose(site, site.left_alone)
+            else:
+                collector.fail(ValueError(f"module '{site.name}': {site.left_alone}"))
+            return None
         if not micro.entered and micro.probes is None:
             collector.forwards += 1
         micro.entered.append(site)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from lipcore.capture.identity import Alias
 from lipcore.capture.own_nodes import counted, note_begun
@@ -44,6 +45,11 @@ class Source:
             and mine.is_contiguous()
             and other.data_ptr() == mine.data_ptr()
         )
+
+    @property
+    def node(self) -> Any:
+        """The node of a graph that the gradient at the tensor comes to; None where it requires none."""
+        return get_gradient_edge(self._tensor).node if self._tensor.requires_grad else None
 
     @property
     def changed(self) -> bool:

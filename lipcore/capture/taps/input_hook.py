@@ -21,7 +21,7 @@ from lipcore.capture.taps.graph import goes_past
 from lipcore.capture.taps.graph_check import GraphCheck
 from lipcore.capture.taps.identity import Probed
 from lipcore.capture.taps.input_alias import Source, alias_of
-from lipcore.capture.taps.sharded_check import PAST, ShardedCheck
+from lipcore.capture.taps.sharded_check import ShardedCheck, why_not_alone
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
 from lipcore.capture.taps.trial import Question, Trial, exchanges, trial
@@ -45,6 +45,11 @@ _SHARDED = (
     "the model's parameters are sharded over ranks (fully_shard, tensor parallel), and are there as a whole in the "
     "training's own backward pass only, or never; lipcore.local_lipschitz on a copy that is not sharded gives it at "
     "any points"
+)
+_FROZEN = (
+    "its output requires no gradient (the layer is frozen, as is all before it), and in a model whose parameters are "
+    "sharded over ranks (fully_shard) none is begun there: layers behind it would be reduced at other times than on "
+    "ranks without this metric; name a layer that trains, input='<module>'"
 )
 _NOT_PROVED = (
     "the model's parameters are sharded over ranks (fully_shard), and nothing has shown that the output depends on the "
@@ -95,10 +100,17 @@ class InputHook:
         self._now = _UnderWay()
         tap.sharded = gathers_by_part(model) and under_process_group()
         self._sharded = ShardedCheck(model, tap, collector) if tap.sharded else None
-        self._stands_alone = at is not model or (tap.sharded and modules_in_order(model, sharded=True) is not None)
+        self.leaves_alone = _FROZEN if tap.sharded else ""  #: why no output inside the model may begin gradients
+        self._stands_alone = self._sharded is not None and self._is_alone()
+        if self._sharded is not None and self._stands_alone:
+            self._sharded.ranks.announce(1)  # the first pass may gather nothing, and so wait for no other rank
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nothing, ()
+
+    def _is_alone(self) -> bool:
+        """Return whether the structure of a sharded model says that its first layer stands alone on the input."""
+        return self.at is not self._model or modules_in_order(self._model, sharded=True) is not None
 
     def _failed(self, error: Exception) -> None:
         self.tap.refuse(str(error))
@@ -147,6 +159,9 @@ class InputHook:
         """Begin a forward pass of a sharded model, and leave its input as it is."""
         tap, sharded = self.tap, self._sharded
         assert sharded is not None
+        self._stands_alone = self._is_alone()  # hooks that come later may lead past the first layer
+        if not self._stands_alone and not sharded.is_proved:
+            tap.stands_alone = False
         if self._stands_alone and not tap.stands_alone and not tap.off:
             tap.allow()
             sharded.start()
@@ -256,12 +271,12 @@ class InputHook:
         by_graph = not compiled and not self._hooked  # which the check will go through once more
         if by_graph and self.at is self._model and modules_in_order(self._model) is not None:
             return True
-        pick = self.last.taps[0].pick if self.last is not None and not self.last.target else _as_it_is
         layer = self.first.module if compiled and self.first is not None else None
         layers = () if layer is None else (layer,)
-        found = trial(Question(self._model, self.at, x, arguments, keywords, pick, layers))
+        found = trial(Question(self._model, self.at, x, arguments, keywords, self._pick, layers))
         if found.exchanges:
             self._collector.fail(ValueError(EXCHANGES))
+            return False
         if found.refusal:
             self.tap.refuse(found.refusal)
             return False
@@ -342,11 +357,12 @@ class InputHook:
             back()
         under_way.undo.clear()
 
-    def end(self, *, raised: bool, compiled: bool) -> None:
-        """End a forward pass of the model, whether or not it raised: put the user's objects back, and arrange for the
-        check."""
+    def end(self, output: Any, *, compiled: bool) -> None:
+        """End a forward pass of the model: put the user's objects back, and arrange for the check; `output`: what it
+        returns, None where it has raised."""
+        raised = output is None
         if self._sharded is not None:
-            self._end_sharded(self._collector.under_way.micro, raised=raised)
+            self._end_sharded(self._collector.under_way.micro, output)
             return
         under_way, self._now.passing = self._now.passing, None
         if under_way is None or under_way.alias is None:
@@ -363,15 +379,36 @@ class InputHook:
         except Exception as error:
             self._give_up(error)
 
-    def _end_sharded(self, micro: MicroBatch | None, *, raised: bool) -> None:
+    def _end_sharded(self, micro: MicroBatch | None, output: Any) -> None:
         assert self._sharded is not None
+        raised = output is None
         try:
             if micro is not None:
+                self._compare(micro, output)
                 self._sharded.end(micro, raised=raised)
-            if not raised and self.tap.by_product is False and self.tap.is_vector:
-                self.tap.refuse(PAST)
+            if raised or self.tap.by_product is not False:
+                return
+            if self.tap.is_vector:
+                self.tap.refuse(why_not_alone(None if self.first is None else self.first.module))
+            else:
+                self.tap.unproved = ""  # lambda is by the gradient at an Embedding's output, as in any model
         except Exception as error:
             self._give_up(error)
+
+    def _compare(self, micro: MicroBatch, output: Any) -> None:
+        """Compare a pass of a sharded model with a proof that was asked for, where no other reason shows as much."""
+        assert self._sharded is not None
+        if output is None or self._stands_alone or not self.tap.stands_alone or self.tap.off:
+            return
+        try:
+            self._sharded.compare(self._pick(output), micro.sources.get(self.tap))
+        except Exception as error:
+            self._give_up(error)
+
+    @property
+    def _pick(self) -> Callable[[Any], Any]:
+        """The function that returns the tensor of the model's output that is meant."""
+        return self.last.taps[0].pick if self.last is not None and not self.last.target else _as_it_is
 
     @property
     def is_sharded(self) -> bool:
@@ -388,8 +425,7 @@ class InputHook:
         between the input and the rest; return why not, or ""."""
         assert self._sharded is not None
         first = None if self.first is None else self.first.module
-        pick = self.last.taps[0].pick if self.last is not None and not self.last.target else _as_it_is
-        return self._sharded.prove(self.at, first, pick, arguments, keywords)
+        return self._sharded.prove(self.at, first, self._pick, arguments, keywords)
 
     def _look(self, under_way: _Pass) -> None:
         nodes = under_way.micro.nodes

@@ -9,6 +9,7 @@ the outputs of two samples to the output of that layer.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +21,15 @@ from lipcore.capture.once_only import why_once_only
 from lipcore.capture.proof import own_backward
 from lipcore.capture.proof_ranks import Ranks
 from lipcore.capture.taps.collector import Collector, MicroBatch
+from lipcore.capture.taps.graph import Operations, operations_of
+from lipcore.capture.taps.input_alias import Source
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
 from lipcore.capture.taps.trial import Question, Trial, trial, two_of
 from lipcore.models.affine import is_affine
 from lipcore.models.chains import FIRST_LAYER_TYPES
 from lipcore.models.gathered import let_go, nothing_reduced
-from lipcore.models.names import named_modules
+from lipcore.models.names import class_before_sharding, named_modules
 from lipcore.models.restored import all_put_back
 from lipcore.models.torch_internals import has_backward_hooks
 
@@ -37,14 +40,33 @@ _ALONE = (
 )
 #: Why a proof has not shown that the first layer's weight gives the numbers.
 PAST = (
-    "the output depends on the model's input by more ways than W_1 x + b_1 of the first layer that runs, and no rank "
-    "of a sharded model can take the gradient at the input by itself; name a layer, input='<module>', or call "
-    "lipcore.local_lipschitz on a copy that is not sharded"
+    "the output depends on the model's input by more ways than W_1 x + b_1 of the first layer that runs, or that layer "
+    "is given something else (a cast, by a MixedPrecisionPolicy of that layer alone), and no rank of a sharded model "
+    "can take the gradient at the input by itself; name a layer, input='<module>', or call lipcore.local_lipschitz on "
+    "a copy that is not sharded"
+)
+_NOT_PLAIN = (
+    "the first layer ({0}) may return something else than W_1 x + b_1: it has hooks of others, a forward of its own, "
+    "or is no layer of torch's own; take these off and call monitor.prove(batch) on all ranks, name another layer, "
+    "input='<module>', or call lipcore.local_lipschitz on a copy that is not sharded"
+)
+#: Why a proof does not hold any more.
+OTHER_OPERATIONS = (
+    "a pass has done other operations than that of monitor.prove(batch), which has shown that the output depends on "
+    "the input by way of the first layer alone: call it again on all ranks, of the model as it is now, or name the "
+    "layer that lambda is to be at, input='<module>'"
 )
 _OTHER_RANKS = "another rank was given a batch on which there is nothing to prove"
 _MIXES = "the output of a sample depends on other samples of the batch"
 _VECTOR = "not compared with the gradients of single samples: the output has several values per sample"
 _MIXED = "not compared with the gradients of single samples: the batch mixes them"
+
+
+def why_not_alone(layer: nn.Module | None) -> str:
+    """Return why the weight of a sharded model's first layer gives no numbers, where it does not."""
+    if layer is None or is_affine(layer, sharded=True):
+        return PAST
+    return _NOT_PLAIN.format(class_before_sharding(layer).__name__)
 
 
 class ShardedCheck:
@@ -61,6 +83,7 @@ class ShardedCheck:
         self.passes = 0
         self._asked = self._proofs = 0
         self._look: Look | None = None
+        self._proved: set[Operations] = set()
 
     @staticmethod
     def _is_due(number: int) -> bool:
@@ -77,9 +100,10 @@ class ShardedCheck:
         """Count a pass, and return what looks at it where it is to be checked."""
         self.passes += 1
         self._look = None
-        if self._is_due(self.passes + 1) and self._tap.stands_alone and not self._tap.off:
-            self.ranks.announce(self.passes + 1)
         due = self._is_due(self.passes) or self.passes == self._asked
+        if due and self._tap.stands_alone and not self._tap.off:
+            # As early as may be: on devices, and where a pass gathers nothing, no rank waits for the others in it.
+            self.ranks.announce(next(filter(self._is_due, itertools.count(self.passes + 1))))
         wanted = due and self._tap.stands_alone and not self._tap.off and first is not None and last is not None
         if wanted:
             assert first is not None
@@ -92,17 +116,40 @@ class ShardedCheck:
         """Run the check of a pass that has ended, where all ranks run it."""
         look, self._look = self._look, None
         if look is None:
+            self.ranks.skip(self.passes)  # lambda was refused since it was announced, and the others would wait
             return
         number = str(self.passes)
         try:
             if raised or not self.ranks.agree(self.passes):
                 return
-            able = bool(self._tap.by_product) and look.is_ready and not has_backward_hooks(self._model)
+            able = (
+                bool(self._tap.by_product)
+                and not self._tap.off
+                and look.is_ready
+                and not has_backward_hooks(self._model)
+            )
             if self.ranks.settle(number, "check" if able else "") and able:
                 look.run(self._model, micro)
         finally:
             look.forget()
             self.ranks.miss(number)
+
+    @property
+    def is_proved(self) -> bool:
+        """True where the user has asked for a proof, which has succeeded."""
+        return bool(self._proved)
+
+    def compare(self, output: Any, x: Source | None) -> None:
+        """Refuse lambda where a pass has done other operations than those of a proof that the user has asked for.
+
+        Args:
+            output: the tensor that is meant, of what the model has returned.
+            x: the model's input.
+        """
+        if not isinstance(output, Tensor) or output.grad_fn is None:
+            return
+        if operations_of(output.grad_fn, () if x is None else (x.node,)) not in self._proved:
+            self._tap.refuse(OTHER_OPERATIONS)
 
     def prove(
         self,
@@ -143,9 +190,11 @@ class ShardedCheck:
                 self.ranks.miss(part)
             let_go(self._model)
         plain = not found.past and found.layer is not None and is_affine(found.layer, sharded=True)
-        tap.off = found.refusal or ("" if plain else PAST)
+        tap.off = found.refusal or ("" if plain else why_not_alone(found.layer))
         if tap.off:
+            self._proved.discard(found.operations)
             return tap.off
+        self._proved.add(found.operations)
         tap.allow()
         self.start()
         tap.mixing = tap.mixing or found.mixes

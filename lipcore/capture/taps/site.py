@@ -24,6 +24,7 @@ class Site:
         self.module: nn.Module | None = None  # the first layer is None until it has run
         self.in_place_after = False
         self.lost = False  # no numbers will come
+        self.left_alone = ""  # why an output that requires no gradient is not made to
         self.number = next(_numbers)
         self._with_leaf: Tap | None = None
         self._fail = fail

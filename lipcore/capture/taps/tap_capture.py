@@ -119,6 +119,8 @@ class Capture:
                 hook.first = site
             elif tap.last in site.taps:
                 hook.last = site
+            if site.target:
+                site.left_alone = hook.leaves_alone
         return hook
 
     def _hook_taps(self) -> None:
@@ -241,7 +243,7 @@ class Capture:
         if self._compiled:
             self._probes.disarm()
         for at in self._inputs:
-            at.end(raised=output is None, compiled=self._compiled)
+            at.end(output, compiled=self._compiled)
         if under_way.micro is not None:
             under_way.micro.sources, under_way.micro.nodes, under_way.micro.look = {}, {}, None
         if self._finder is not None and self._finder.found:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lipcore import functional
 from lipcore.capture.checkpoints import is_reentrant_checkpoint
 from lipcore.capture.own_nodes import counted
-from lipcore.capture.taps.graph import goes_past
+from lipcore.capture.taps.graph import Operations, goes_past, operations_of
 from lipcore.capture.taps.input_alias import Source
 from lipcore.capture.training_pass import in_backward
 from lipcore.models.gathered import kept_gathered, nothing_reduced
@@ -44,6 +44,7 @@ class Trial(NamedTuple):
     layer_rows: int = 0  #: of the output of the layer that was asked about
     past: bool = True  #: the layer that was asked about is not all that the output depends on the input by
     layer: nn.Module | None = None  #: of those that were asked about, the first that ran
+    operations: Operations = frozenset()  #: of a sharded model, but those that depend on the input alone
 
 
 class Question(NamedTuple):
@@ -187,8 +188,11 @@ def _found(asked: Question, returned: Any, points: list[Tensor], layers: list[_R
     past = not alone or goes_past(output.grad_fn, _accumulates(points[0]), layers[0].node)
     layer_rows = layers[0].rows if layers else 0
     layer = layers[0].layer if layers else None
+    made_of: Operations = frozenset()
+    if asked.agree is not None:
+        made_of = operations_of(output.grad_fn, (_accumulates(points[0]),))
     found = _differentiated(output, points[0])
-    return found._replace(past=past, rows=len(points[0]), layer_rows=layer_rows, layer=layer)
+    return found._replace(past=past, rows=len(points[0]), layer_rows=layer_rows, layer=layer, operations=made_of)
 
 
 def _picked(asked: Question, returned: Any, points: list[Tensor]) -> Any:
