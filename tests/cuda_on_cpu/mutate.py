@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import forked
+
 from build import ROOT, build, ordinary_build
 
 sys.path.insert(0, str(ROOT / "tests" / "mutants"))
