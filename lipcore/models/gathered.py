@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,31 +48,26 @@ def let_go(model: nn.Module) -> None:
         module.reshard()
 
 
-@contextmanager
-def nothing_reduced(model: nn.Module) -> Iterator[None]:
+def nothing_reduced(model: nn.Module) -> AbstractContextManager[None]:
     """Keep fully_shard()ed modules from reducing, in a backward pass of lipcore's own, gradients that they have added
     up for the training's next reduce."""
-    groups = [group for module in fully_sharded(model) for group in fsdp_groups(module)]
-    before = [group.reduce_grads for group in groups]
-    for group in groups:
-        group.reduce_grads = False
-    try:
-        yield
-    finally:
-        for group, value in zip(groups, before, strict=True):
-            group.reduce_grads = value
+    return _unset(model, "reduce_grads")
+
+
+def kept_gathered(model: nn.Module) -> AbstractContextManager[None]:
+    """Keep what fully_shard()ed modules have gathered through a backward pass of lipcore's own: that would let go of
+    it, and to gather it once more is a collective that the other ranks may not make."""
+    return _unset(model, "reshard_after_backward")
 
 
 @contextmanager
-def kept_gathered(model: nn.Module) -> Iterator[None]:
-    """Keep what fully_shard()ed modules have gathered through a backward pass of lipcore's own: that would let go of
-    it, and to gather it once more is a collective that the other ranks may not make."""
+def _unset(model: nn.Module, setting: str) -> Iterator[None]:
     groups = [group for module in fully_sharded(model) for group in fsdp_groups(module)]
-    before = [group.reshard_after_backward for group in groups]
+    before = [getattr(group, setting) for group in groups]
     for group in groups:
-        group.reshard_after_backward = False
+        setattr(group, setting, False)
     try:
         yield
     finally:
         for group, value in zip(groups, before, strict=True):
-            group.reshard_after_backward = value
+            setattr(group, setting, value)

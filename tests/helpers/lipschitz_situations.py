@@ -75,13 +75,14 @@ def monitored(model: Any, **settings: Any) -> tuple[Any, Monitor]:
     return optimizer, Monitor(model, optimizer, **settings)
 
 
-def merged(model: Any, data: Data, **settings: Any) -> list[Any]:
+def merged(model: Any, data: Data, *, loss: Any = mean_loss, proves: bool = False, **settings: Any) -> list[Any]:
     optimizer, monitor = monitored(model, **settings)
     found: list[Any] = []
     with monitor:
+        assert not proves or monitor.prove(data[0][0]) == {NAME: ""}
         for x, y in data:
             optimizer.zero_grad()
-            mean_loss(model(x), y).backward()
+            loss(model(x), y).backward()
             optimizer.step()
             if (window := monitor.global_window()) is not None:
                 found.append(window)
@@ -122,23 +123,8 @@ def fsdp2(rank: int, world: int) -> dict[str, Any]:
     return compared_numbers(windows, expected)
 
 
-def proved(rank: int, model: Any, data: Data, loss: Any = mean_loss, **settings: Any) -> list[Any]:
-    """Windows of a run that begins with a proof by all ranks, which is to succeed."""
-    optimizer, monitor = monitored(model, **settings)
-    found: list[Any] = []
-    with monitor:
-        assert monitor.prove(data[0][0]) == {NAME: ""}
-        for x, y in data:
-            optimizer.zero_grad()
-            loss(model(x), y).backward()
-            optimizer.step()
-            if (window := monitor.global_window()) is not None:
-                found.append(window)
-    return found
-
-
 def fsdp2_proved(rank: int, world: int) -> dict[str, Any]:
-    windows = proved(rank, fsdp(made()), data_of(range(world))[rank])
+    windows = merged(fsdp(made()), data_of(range(world))[rank], proves=True)
     for window in windows:
         assert window[NAME].local_lipschitz[PLACE].mean.label == "exact"
         assert "first_weight_not_alone" not in window[NAME].details
@@ -147,7 +133,7 @@ def fsdp2_proved(rank: int, world: int) -> dict[str, Any]:
 
 def fsdp2_unequal(rank: int, world: int) -> dict[str, Any]:
     sizes = {0: 2, 1: 7}
-    windows = proved(rank, fsdp(made()), data_of(range(world), sizes)[rank])
+    windows = merged(fsdp(made()), data_of(range(world), sizes)[rank], proves=True)
     return compared_numbers(windows, truth(made(), data_of(range(world), sizes)))
 
 
@@ -287,7 +273,7 @@ def hsdp(rank: int, world: int) -> dict[str, Any]:
 
 def hsdp_proved(rank: int, world: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards"))
-    windows = proved(rank, fsdp(made(), mesh), data_of(range(world))[rank])
+    windows = merged(fsdp(made(), mesh), data_of(range(world))[rank], proves=True)
     assert all(window[NAME].local_lipschitz[PLACE].mean.label == "exact" for window in windows)
     return compared_numbers(windows, truth(made(), data_of(range(world))))
 
