@@ -119,6 +119,9 @@ class Terminal:
             os.environ.pop("COLUMNS", None)
             os.environ.pop("LINES", None)
             os.environ["TERM"] = "xterm-256color"
+            signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            )  # a shell has jobs in the background ignore it, with what they start
             os.execv(sys.executable, command)
         self._set(columns, lines)
         self.seen = ""
