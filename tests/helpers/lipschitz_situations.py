@@ -75,18 +75,28 @@ def monitored(model: Any, **settings: Any) -> tuple[Any, Monitor]:
     return optimizer, Monitor(model, optimizer, **settings)
 
 
-def merged(model: Any, data: Data, *, loss: Any = mean_loss, proves: bool = False, **settings: Any) -> list[Any]:
+def run(
+    model: Any, data: Data, *, loss: Any = mean_loss, proves: bool = False, **settings: Any
+) -> tuple[str, list[Any]]:
+    """What a proof by all ranks has said, where one is asked for, and the windows of a training after it."""
     optimizer, monitor = monitored(model, **settings)
-    found: list[Any] = []
+    said, found = "", []
     with monitor:
-        assert not proves or monitor.prove(data[0][0]) == {NAME: ""}
+        if proves:
+            (said,) = monitor.prove(data[0][0]).values()
         for x, y in data:
             optimizer.zero_grad()
             loss(model(x), y).backward()
             optimizer.step()
             if (window := monitor.global_window()) is not None:
                 found.append(window)
-    return found
+    return said, found
+
+
+def merged(model: Any, data: Data, **settings: Any) -> list[Any]:
+    said, windows = run(model, data, **settings)
+    assert not said
+    return windows
 
 
 def ddp(rank: int, world: int) -> dict[str, Any]:
@@ -159,16 +169,7 @@ class Past(Net):
 
 
 def fsdp2_past(rank: int, world: int) -> dict[str, Any]:
-    model, data = fsdp(made(Past)), data_of(range(world))[rank]
-    optimizer, monitor = monitored(model)
-    with monitor:
-        (answer,) = monitor.prove(data[0][0]).values()
-        for x, y in data[:WINDOW]:
-            optimizer.zero_grad()
-            mean_loss(model(x), y).backward()
-            optimizer.step()
-        window = monitor.global_window()
-    assert window is not None
+    answer, (window,) = run(fsdp(made(Past)), data_of(range(world))[rank][:WINDOW], proves=True)
     assert "rank 1: " in answer
     assert window[NAME].normalized_gradient_norm[PLACE].mean.valid
     assert not window[NAME].local_lipschitz[PLACE].mean.valid
@@ -194,16 +195,7 @@ class Mixing(Net):
 
 
 def fsdp2_mixing(rank: int, world: int) -> dict[str, Any]:
-    optimizer, monitor = monitored(model := fsdp(made(Mixing)))
-    data = data_of(range(world))[rank]
-    with monitor:
-        (answer,) = monitor.prove(data[0][0]).values()
-        for x, y in data[:WINDOW]:
-            optimizer.zero_grad()
-            mean_loss(model(x), y).backward()
-            optimizer.step()
-        window = monitor.global_window()
-    assert window is not None
+    answer, (window,) = run(fsdp(made(Mixing)), data_of(range(world))[rank][:WINDOW], proves=True)
     assert window[NAME].normalized_gradient_norm[PLACE].mean.label == "heuristic"
     assert window[NAME].local_lipschitz[PLACE].mean.label == "heuristic"
     return {"said": answer}
@@ -216,14 +208,8 @@ def fsdp2_penalty(rank: int, world: int) -> dict[str, Any]:
     def loss(output: Tensor, y: Tensor) -> Tensor:
         return mean_loss(output, y) + model.kept.square().sum()
 
-    optimizer, monitor = monitored(model, metrics=[Lipschitz(input="a"), Trajectory()])
-    with monitor:
-        for x, y in data_of(range(world))[rank][:WINDOW]:
-            optimizer.zero_grad()
-            loss(model(x), y).backward()
-            optimizer.step()
-        window = monitor.global_window()
-    assert window is not None
+    metrics = [Lipschitz(input="a"), Trajectory()]
+    (window,) = merged(model, data_of(range(world))[rank][:WINDOW], loss=loss, metrics=metrics)
     assert not window[NAME].local_lipschitz[PLACE].mean.valid
     return {"said": window[NAME].details["local_lipschitz_off"]}
 

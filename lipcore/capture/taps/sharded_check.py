@@ -25,7 +25,7 @@ from lipcore.capture.taps.graph import Operations, operations_of
 from lipcore.capture.taps.input_alias import Source
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
-from lipcore.capture.taps.trial import Question, Trial, trial, two_of
+from lipcore.capture.taps.trial import Question, Trial, all_but, trial, two_of
 from lipcore.models.affine import is_affine
 from lipcore.models.chains import FIRST_LAYER_TYPES
 from lipcore.models.gathered import let_go, nothing_reduced
@@ -101,15 +101,13 @@ class ShardedCheck:
         self.passes += 1
         self._look = None
         due = self._is_due(self.passes) or self.passes == self._asked
-        if due and self._tap.stands_alone and not self._tap.off:
+        wanted = due and self._tap.stands_alone and not self._tap.off
+        if wanted:
             # As early as may be: on devices, and where a pass gathers nothing, no rank waits for the others in it.
             self.ranks.announce(next(filter(self._is_due, itertools.count(self.passes + 1))))
-        wanted = due and self._tap.stands_alone and not self._tap.off and first is not None and last is not None
-        if wanted:
-            assert first is not None
-            assert last is not None
-            self._look = Look(first, last, self._tap, self._collector)
-        self._tap.begin_sharded(checks=wanted)
+            if first is not None and last is not None:
+                self._look = Look(first, last, self._tap, self._collector)
+        self._tap.begin_sharded(checks=self._look is not None)
         return self._look
 
     def end(self, micro: MicroBatch, *, raised: bool) -> None:
@@ -265,8 +263,7 @@ class Look:
         found = self._found
         if found is None or found.shape[1] != size:
             return
-        others = torch.ones(size, dtype=torch.bool, device=found.device)
-        others[some] = False
+        others = all_but(some, size, found.device)
         at = sum(tap.columns for tap in self._first.taps[: self._first.taps.index(self._tap.first)])
         if bool(torch.nan_to_num(found[at, others], 0.0, 0.0, 0.0).any()):
             self._tap.mixing, self._tap.unproved = True, _MIXED

@@ -225,8 +225,7 @@ def _differentiated(output: Tensor, point: Tensor) -> Trial:
         return Trial(NOT_DIFFERENTIABLE)
     if point.shape[0] != size:
         return Trial()
-    others = torch.ones(size, dtype=torch.bool, device=gradient.device)
-    others[some] = False
+    others = all_but(some, size, gradient.device)
     mixes = bool(torch.nan_to_num(gradient[others], 0.0, 0.0, 0.0).any())
     constants = None
     if values.numel() == len(some) and not mixes:
@@ -237,3 +236,10 @@ def _differentiated(output: Tensor, point: Tensor) -> Trial:
 def two_of(size: int) -> list[int]:
     """Return the numbers of the samples that a check looks at: two at no even distance."""
     return sorted({size // 3, (size * 5) // 6})
+
+
+def all_but(some: list[int], size: int, device: torch.device) -> Tensor:
+    """Return which samples of a batch are not among some, as flags."""
+    others = torch.ones(size, dtype=torch.bool, device=device)
+    others[some] = False
+    return others
