@@ -228,6 +228,14 @@ def test_a_metric_that_has_rested_measures_every_step_in_a_monitor_without_alarm
     assert not alarms._samples_after._found  # those of the first Monitor keep nothing of the second's steps
 
 
+def two_steps(monitor: lipcore.Monitor, training: Training) -> None:
+    """Train for a window of two steps, in which all samples are measured."""
+    for step in range(2):
+        step_with(monitor, training, [2 * step, 2 * step + 1])
+    assert len(training.norms.scores) == 4
+    assert monitor.history[0]["per_sample_grad_norm"].noise_scale["total"].mean.count == 2
+
+
 def test_a_monitor_that_cannot_be_made_leaves_nothing_at_rest() -> None:
     training, trajectory = Training(), lipcore.Trajectory()
     metrics = [trajectory, training.norms]
@@ -237,10 +245,7 @@ def test_a_monitor_that_cannot_be_made_leaves_nothing_at_rest() -> None:
     with lipcore.Monitor(training.model, training.optimizer, metrics, window_steps=2) as monitor:
         assert "its hooks are off" not in str(monitor.plan())
         assert not trajectory.checks_movement
-        for step in range(2):
-            step_with(monitor, training, [2 * step, 2 * step + 1])
-    assert len(training.norms.scores) == 4
-    assert monitor.history[0]["per_sample_grad_norm"].noise_scale["total"].mean.count == 2
+        two_steps(monitor, training)
 
 
 def test_a_monitor_that_refuses_what_another_watches_changes_nothing_there() -> None:
@@ -253,10 +258,7 @@ def test_a_monitor_that_refuses_what_another_watches_changes_nothing_there() -> 
                 lipcore.Monitor(training.model, training.optimizer, refused, alarms=alarms)
         monitor.rebind()
         assert not trajectory.checks_movement
-        for step in range(2):
-            step_with(monitor, training, [2 * step, 2 * step + 1])
-    assert len(training.norms.scores) == 4
-    assert monitor.history[0]["per_sample_grad_norm"].noise_scale["total"].mean.count == 2
+        two_steps(monitor, training)
 
 
 def test_that_there_is_no_noise_scale_then_is_said() -> None:
