@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sharded_nets import Net
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,16 +15,6 @@ from lipcore import Lipschitz, Monitor, PerSampleGradNorms, Trajectory
 
 dist = torch.distributed
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.last(torch.tanh(self.first(x)))
-        return found
 
 
 @pytest.fixture(autouse=True)

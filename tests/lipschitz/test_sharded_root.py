@@ -7,19 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from sharded_nets import Net
 
 from lipcore import Lipschitz, Monitor
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.last(torch.tanh(self.first(x)))
-        return found
 
 
 def trained(*, sharded: bool, watched: bool) -> tuple[list[torch.Tensor], float]:
