@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
-from weakref import ref
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lipcore.alarms.alarms import Alarms
-from lipcore.alarms.attach import AlarmChoice, AlarmsListener, checked_alarms, norms_of, prepare_for, trajectory_of
-from lipcore.alarms.event import AlarmStop
-from lipcore.alarms.samples import SamplesAfter
+from lipcore.alarms.attach import AlarmChoice, checked_alarms, prepare_for
 from lipcore.capture.layers.layer_capture import LayerCapture
-from lipcore.capture.training_pass import in_backward
 from lipcore.distributed.group import AUTO
-from lipcore.metric.engine import Engine
-from lipcore.metric.optimizers import updating
 from lipcore.metric.protocol import Metric
 from lipcore.metric.results import HISTORY_BYTES, MetricResult
 from lipcore.models.arguments import check_count
-from lipcore.models.capturing import is_captured_here
-from lipcore.models.ranks import rank
+from lipcore.monitor.alarmed import Alarmed
 from lipcore.monitor.defaults import default_metrics
 from lipcore.monitor.fixed_points import Probe, Probes
 from lipcore.monitor.logged import Logged, LoggedListener, check_logged
 from lipcore.monitor.plan import Plan
 from lipcore.monitor.prove import prove_together
 from lipcore.monitor.show import shown
-from lipcore.per_sample.grad_norms import PerSampleGradNorms
 from lipcore.per_sample.metric import PerSampleMetric
 from lipcore.per_sample.sample_names import checked_ids, checked_losses
-from lipcore.recording.endings import Endings, EndKind
-from lipcore.recording.flight import Flight, checked_generator
-from lipcore.recording.recorder import Recorder
-from lipcore.recording.snapshots import Snapshots
-from lipcore.recording.stopwatch import Stopwatch
-from lipcore.trajectory.metric import Trajectory
+from lipcore.recording.flight import checked_generator
 
 
-class Monitor(Engine):
+class Monitor(Alarmed):
     """Observer of a model in training, by hooks alone: the model and the loop stay as they are.
 
     Time is counted in optimizer steps. The metrics observe every step. A window closes by itself after `window_steps`
@@ -116,14 +102,8 @@ class Monitor(Engine):
         self.alarms = checked_alarms(alarms, metrics)  #: None without `alarms`
         prepare_for(self.alarms, metrics)
         self._probes, self._logged = Probes(), Logged()
-        self._meets = False  # log() merges the windows of all ranks
-        self._parted = False  # it has, and does so no more
-        self._flight: Flight | None = None  # of a record
-        self._stopwatch: Stopwatch | None = None  # of one too
-        self._recorder: Recorder | None = None  # likewise
-        self._snapshots: Snapshots | None = None  # of alarms that ask for them
-        self._samples_after: SamplesAfter | None = None  # likewise
-        self._waits_to_begin = False
+        self._meets = self._parted = self._waits_to_begin = False
+        self._flight = self._stopwatch = self._recorder = self._snapshots = self._samples_after = None
         super().__init__(
             model,
             optimizer,
@@ -271,14 +251,6 @@ class Monitor(Engine):
         off = [name for name, metric in self.metrics.items() if metric.off]
         return prove_together(self.model, captures, batch, self._global.partners, self._windows.step, off, inputs)
 
-    def _wait_to_stop(self) -> None:
-        """Let an alarm that was to stop this rank alone, since the loop had logged nothing for two windows, stop all of
-        them: they meet in this very call, in which the others would wait for this one."""
-        stop = self._failures.kept(AlarmStop)
-        meets = self._meets and self._global.waits and self._global.partners.find() is not None
-        if stop is not None and self.alarms is not None and meets and self.alarms._wait_to_stop(stop.event):
-            self._failures.drop(AlarmStop)
-
     def _meet(self) -> None:
         """Merge the closed windows with those of the other ranks, which log at the same step."""
         try:
@@ -291,178 +263,6 @@ class Monitor(Engine):
                 "monitor.log() on every rank at the same steps, or pass group=None"
             )
 
-    def _said(self) -> Any:
-        return None if self.alarms is None else self.alarms._said()
-
-    def _heard(self, said: Sequence[Any]) -> None:
-        if self.alarms is not None:
-            group = self._global.partners.find()
-            ranks = group.ranks if group is not None else range(len(said))
-            self.alarms._heard(dict(zip(ranks, said, strict=True)))
-
-    def _meets_ranks(self) -> bool:
-        """Return whether the loop will meet other ranks: where log() does so, or it has merged windows before. A
-        loop that has not called log() when its second window has closed is taken not to."""
-        logs = self._logged.begun or (not self._closed and self._global.number_waiting < 2)
-        meets = (self._meets and logs) or (bool(self._global.history) and not self._parted)
-        return meets and self._global.partners.find() is not None and not self._global.is_given_up
-
-    def _attach_recorder(self, recorder: Recorder) -> None:
-        """Have windows, single steps and what is logged written down from now on; of :func:`lipcore.watch`."""
-        self._logged.listen(recorder.logged)
-        for metric in self.metrics.values():
-            if isinstance(metric, Trajectory):
-                metric.listen(recorder.steps)
-        here = ref(self)
-
-        def ended(kind: EndKind, text: str, facts: dict[str, Any]) -> None:
-            monitor = here()
-            if monitor is not None:
-                monitor._write_down(recorder, kind, text, facts)
-
-        endings, model = Endings(ended), self.model
-        flight = Flight(
-            updating(self._optimizers),
-            model.named_parameters,
-            recorder.batches,
-            recorder.rates,
-            recorder.taken_back,
-            endings.begin,
-            scaler=self._scaler,
-            on_scales=recorder.scales,
-        )
-        for metric in self.metrics.values():
-            if isinstance(metric, PerSampleGradNorms):
-                metric.listen(flight)
-        self._flight, self._recorder = flight, recorder
-        self._stopwatch = Stopwatch(recorder.step_time)
-        # The last closes the file, after what it is given.
-        self._listeners += [endings, flight, self._stopwatch, recorder]
-        if self.alarms is not None:
-            self.alarms._write_to(recorder.alarm, recorder.light, recorder.samples)
-            recorder.on_alarm = self._hurry
-
-        def stops(error: Exception) -> None:
-            monitor = here()
-            if monitor is not None and isinstance(error, AlarmStop) and not monitor._closed:
-                monitor._write_all()
-                monitor._failures.drop(AlarmStop)  # of a step that waited: one stops the loop
-
-        self._failures.before_raise = stops
-
-    def _hurry(self) -> None:
-        """Have the steps around an alarm written soon: it may be the last that there is to see."""
-        self._logged.hurry()
-        if self._flight is not None:
-            self._flight.hurry()
-        for metric in self.metrics.values():
-            if isinstance(metric, Trajectory):
-                metric.hurry()
-
-    def _write_down(self, recorder: Recorder, kind: EndKind, text: str, facts: Mapping[str, Any]) -> None:
-        """Write all that waits to the file, and what ends the run, which may yet go on. Waits for a device."""
-        self._write_all()
-        if self.alarms is not None and kind != "SIGTERM":  # after which the training may go on
-            self.alarms._end()
-        recorder.ended(self._windows.step, kind, text, facts)
-        recorder.record.flush()
-
-    def _write_all(self) -> None:
-        """Write all that waits to the file. Waits for a device."""
-        if not self._failures.all_stopped:
-            for metric in self.metrics.values():
-                metric.flush()
-        self._tell(lambda listener: listener.state_taken())
-
-    def _attach_alarms(self, alarms: Alarms) -> None:
-        """Have single steps and what is logged looked at from now on."""
-        trajectory = trajectory_of(self.metrics.values())
-        optimizers = updating(self._optimizers)
-        has_norms, logs = trajectory is not None, lambda: self._logged.begun
-        given: dict[str, Any] = {"has_norms": has_norms, "meets": self._meets_ranks}
-        if trajectory is not None:
-            given["turns"] = lambda: trajectory.movement_turns  # others after a rebind()
-        alarms._begin(optimizers, self._failures.keep, logs, **given)
-        if trajectory is not None:
-            trajectory.listen(alarms._norms, prompt=True)
-            if "unexplained_movement" in alarms.signals and not trajectory.checks_movement:
-                self._failures.warn(f"alarms: unexplained_movement checks no parameter: {trajectory.why_unchecked}")
-            if "rms_t" in alarms.signals and trajectory.why_no_rms_t:
-                self._failures.warn(f"alarms: rms_t never alarms: {trajectory.why_no_rms_t}")
-        self._logged.listen(alarms._logged, prompt=True)
-        self._listeners.append(AlarmsListener(alarms, trajectory))
-        if alarms.snapshot is not None:
-            parts = (rank(), self.model, self._optimizers, self._scaler)
-            self._snapshots = Snapshots(alarms.snapshot, *parts, self._failures.warn)
-            alarms._hearers.append(self._snapshots.hear)
-            self._listeners.append(self._snapshots)
-            self._failures.at_call = self._write_snapshot
-        norms = norms_of(self.metrics.values())
-        if alarms.per_sample is not None and norms is not None:
-            norms.rest()
-            failed = functools.partial(self._stop_metric, norms)
-            self._samples_after = SamplesAfter(alarms.per_sample, norms, alarms._tell_samples, failed)
-            norms.listen(self._samples_after)
-            alarms._name_samples(self._samples_after)
-
-    def _after_alarms(self, *, begins: bool = False) -> None:
-        """Do what alarms have asked for between two steps: at the end of one, or, where that lay inside of a backward
-        pass, when the optimizer `begins` the next."""
-        self._write_snapshot()
-        if self._samples_after is None or (begins and not self._waits_to_begin):
-            return
-        self._waits_to_begin = in_backward() != -1 or is_captured_here()
-        if not self._waits_to_begin:
-            self._samples_after.between(self._windows.step, self._windows.step + begins)
-
-    @property
-    def _between_steps(self) -> bool:
-        """True while all parameters are as of the end of the last step that was counted."""
-        return self._clock.between_steps and self._all_counted
-
-    def _write_snapshot(self) -> None:
-        """Write the files of an alarm that wait for a place between two steps, outside of the forward and backward
-        passes; at the end of all wherever that is."""
-        snapshots = self._snapshots
-        if snapshots is None or not snapshots.due or in_backward() != -1 or is_captured_here():
-            return
-        amid = not self._between_steps
-        if amid and not self._closed:
-            return
-        try:
-            if not self._closed:
-                self._write_all()
-        except Exception as error:  # of a device, say, which the user's next call meets too
-            self._failures.warn(f"lipcore could not write down all steps before a snapshot: {error}")
-        record = None if self._recorder is None else self._recorder.record
-        snapshots.write(self._windows.step, record, amid_step=amid)
-
-    def _after_backward(self) -> None:
-        super()._after_backward()
-        if self._flight is not None:
-            self._flight.backward_ends()
-
-    def _after_skipped_step(self) -> None:
-        super()._after_skipped_step()
-        if self._flight is not None:
-            self._flight.skip_step()
-
-    def _after_step(self) -> None:
-        stopwatch = self._stopwatch
-        if stopwatch is not None:
-            stopwatch.begin()
-        if self.alarms is not None:
-            self.alarms._begin_step(self._windows.step + 1)
-        if self._flight is not None:
-            self._flight.begin_step(self._windows.step + 1)
-        super()._after_step()
-        if stopwatch is not None:
-            stopwatch.end()
-        self._after_alarms()
-
-    def _warn_of_record(self, message: str) -> None:
-        """Warn, as of everything that happens in a hook."""
-        self._failures.warn(message)
 
     def _results_at_close(self) -> dict[str, MetricResult]:
         """Measure the fixed points, and read what was logged."""
@@ -522,16 +322,6 @@ class Monitor(Engine):
         probe = Probe(self.model, x, name, output, regions, batch_size)
         self._probes.add(probe)
         return probe
-
-    def _step_begins(self) -> None:
-        super()._step_begins()
-        if self._flight is not None:
-            self._flight.optimizer_begins()
-        self._after_alarms(begins=True)
-
-    def _shut(self) -> None:
-        super()._shut()
-        self._write_snapshot()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

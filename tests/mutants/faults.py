@@ -339,7 +339,7 @@ MUTANTS = (
     ),
     Mutant(
         "the scaler of a trainer's wrapper is not looked for",
-        "lipcore/metric/engine.py",
+        "lipcore/metric/engine_hooks.py",
         "scaler = scaler_inside(self._optimizers) if scaler is None else scaler",
         "scaler = None if scaler is None else scaler",
         ("metric/test_scalers_of_wrappers.py::test_the_wrappers_scaler_is_found",),

@@ -1,0 +1,142 @@
+"""What a Monitor with alarms does beside an engine: steps are looked at, snapshots written, and ranks stopped together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from lipcore.alarms.alarms import Alarms
+from lipcore.alarms.attach import AlarmsListener, norms_of, trajectory_of
+from lipcore.alarms.event import AlarmStop
+from lipcore.alarms.samples import SamplesAfter
+from lipcore.capture.training_pass import in_backward
+from lipcore.metric.optimizers import updating
+from lipcore.models.capturing import is_captured_here
+from lipcore.models.ranks import rank
+from lipcore.monitor.recorded import Recorded
+from lipcore.recording.snapshots import Snapshots
+
+
+class Alarmed(Recorded):
+    """The part of a Monitor that has every step looked at by :class:`lipcore.alarms.Alarms`, where it has them."""
+
+    _meets: bool  # log() merges the windows of all ranks
+    _parted: bool  # it has, and does so no more
+    _snapshots: Snapshots | None  # of alarms that ask for them
+    _samples_after: SamplesAfter | None  # likewise
+    _waits_to_begin: bool
+
+    def _attach_alarms(self, alarms: Alarms) -> None:
+        """Have single steps and what is logged looked at from now on."""
+        trajectory = trajectory_of(self.metrics.values())
+        optimizers = updating(self._optimizers)
+        has_norms, logs = trajectory is not None, lambda: self._logged.begun
+        given: dict[str, Any] = {"has_norms": has_norms, "meets": self._meets_ranks}
+        if trajectory is not None:
+            given["turns"] = lambda: trajectory.movement_turns  # others after a rebind()
+        alarms._begin(optimizers, self._failures.keep, logs, **given)
+        if trajectory is not None:
+            trajectory.listen(alarms._norms, prompt=True)
+            if "unexplained_movement" in alarms.signals and not trajectory.checks_movement:
+                self._failures.warn(f"alarms: unexplained_movement checks no parameter: {trajectory.why_unchecked}")
+            if "rms_t" in alarms.signals and trajectory.why_no_rms_t:
+                self._failures.warn(f"alarms: rms_t never alarms: {trajectory.why_no_rms_t}")
+        self._logged.listen(alarms._logged, prompt=True)
+        self._listeners.append(AlarmsListener(alarms, trajectory))
+        if alarms.snapshot is not None:
+            parts = (rank(), self.model, self._optimizers, self._scaler)
+            self._snapshots = Snapshots(alarms.snapshot, *parts, self._failures.warn)
+            alarms._hearers.append(self._snapshots.hear)
+            self._listeners.append(self._snapshots)
+            self._failures.at_call = self._write_snapshot
+        norms = norms_of(self.metrics.values())
+        if alarms.per_sample is not None and norms is not None:
+            norms.rest()
+            failed = functools.partial(self._stop_metric, norms)
+            self._samples_after = SamplesAfter(alarms.per_sample, norms, alarms._tell_samples, failed)
+            norms.listen(self._samples_after)
+            alarms._name_samples(self._samples_after)
+
+    def _after_alarms(self, *, begins: bool = False) -> None:
+        """Do what alarms have asked for between two steps: at the end of one, or, where that lay inside of a backward
+        pass, when the optimizer `begins` the next."""
+        self._write_snapshot()
+        if self._samples_after is None or (begins and not self._waits_to_begin):
+            return
+        self._waits_to_begin = in_backward() != -1 or is_captured_here()
+        if not self._waits_to_begin:
+            self._samples_after.between(self._windows.step, self._windows.step + begins)
+
+    @property
+    def _between_steps(self) -> bool:
+        """True while all parameters are as of the end of the last step that was counted."""
+        return self._clock.between_steps and self._all_counted
+
+    def _write_snapshot(self) -> None:
+        """Write the files of an alarm that wait for a place between two steps, outside of the forward and backward
+        passes; at the end of all wherever that is."""
+        snapshots = self._snapshots
+        if snapshots is None or not snapshots.due or in_backward() != -1 or is_captured_here():
+            return
+        amid = not self._between_steps
+        if amid and not self._closed:
+            return
+        try:
+            if not self._closed:
+                self._write_all()
+        except Exception as error:  # of a device, say, which the user's next call meets too
+            self._failures.warn(f"lipcore could not write down all steps before a snapshot: {error}")
+        record = None if self._recorder is None else self._recorder.record
+        snapshots.write(self._windows.step, record, amid_step=amid)
+
+    # ---- with other ranks
+
+    def _wait_to_stop(self) -> None:
+        """Let an alarm that was to stop this rank alone, since the loop had logged nothing for two windows, stop all of
+        them: they meet in this very call, in which the others would wait for this one."""
+        stop = self._failures.kept(AlarmStop)
+        meets = self._meets and self._global.waits and self._global.partners.find() is not None
+        if stop is not None and self.alarms is not None and meets and self.alarms._wait_to_stop(stop.event):
+            self._failures.drop(AlarmStop)
+
+    def _said(self) -> Any:
+        return None if self.alarms is None else self.alarms._said()
+
+    def _heard(self, said: Sequence[Any]) -> None:
+        if self.alarms is not None:
+            group = self._global.partners.find()
+            ranks = group.ranks if group is not None else range(len(said))
+            self.alarms._heard(dict(zip(ranks, said, strict=True)))
+
+    def _meets_ranks(self) -> bool:
+        """Return whether the loop will meet other ranks: where log() does so, or it has merged windows before. A
+        loop that has not called log() when its second window has closed is taken not to."""
+        logs = self._logged.begun or (not self._closed and self._global.number_waiting < 2)
+        meets = (self._meets and logs) or (bool(self._global.history) and not self._parted)
+        return meets and self._global.partners.find() is not None and not self._global.is_given_up
+
+    # ---- the clock
+
+    def _after_step(self) -> None:
+        stopwatch = self._stopwatch
+        if stopwatch is not None:
+            stopwatch.begin()
+        if self.alarms is not None:
+            self.alarms._begin_step(self._windows.step + 1)
+        if self._flight is not None:
+            self._flight.begin_step(self._windows.step + 1)
+        super()._after_step()
+        if stopwatch is not None:
+            stopwatch.end()
+        self._after_alarms()
+
+    def _step_begins(self) -> None:
+        super()._step_begins()
+        if self._flight is not None:
+            self._flight.optimizer_begins()
+        self._after_alarms(begins=True)
+
+    def _shut(self) -> None:
+        super()._shut()
+        self._write_snapshot()
