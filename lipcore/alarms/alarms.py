@@ -13,25 +13,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lipcore.alarms.budget import Budget
-from lipcore.alarms.detector import Columns, Detector
 from lipcore.alarms.event import AlarmEvent, AlarmStop
-from lipcore.alarms.layout import Layout
 from lipcore.alarms.light import QUANTITY, WarningLight
-from lipcore.alarms.nonfinite import OF, NonFinite
 from lipcore.alarms.ranks import EventsOfRanks
 from lipcore.alarms.rates import CommonRate
 from lipcore.alarms.sample_ids import SampleIds
 from lipcore.alarms.samples import SamplesAfter, SamplesAfterAlarm
 from lipcore.alarms.signals import checked_signals
 from lipcore.alarms.snapshot import Snapshot
-from lipcore.alarms.unexplained import SIGNAL, UnexplainedMovement
-from lipcore.alarms.waiting import StepNumbers, Waiting
+from lipcore.alarms.step_checks import StepChecks
+from lipcore.alarms.waiting import Waiting
 from lipcore.metric.show import LINES, Showable, Shown, shortened
 from lipcore.models.arguments import check_count
 from lipcore.trajectory.step_stream import StepArrays
 
 _LOGGER = logging.getLogger("lipcore")
-_LEAST = 1e-30  # what does not move at all
 
 
 class Alarms(Showable):
@@ -131,12 +127,9 @@ class Alarms(Showable):
         #: Larger normalised updates than usual, which go before some spikes of the loss: not an alarm. It needs a
         #: Trajectory with ``source="optimizer"``, of Adam or AdamW.
         self.light = WarningLight()
-        self._waiting, self._nonfinite, self._sample_ids = Waiting(), NonFinite(), SampleIds()
+        self._waiting, self._sample_ids = Waiting(), SampleIds()
+        self._checks = StepChecks(self.signals, self._budget)
         self._turns: Callable[[], int] = lambda: 1
-        self._unexplained = self._new_unexplained()
-        self._columns: Columns | None = None
-        self._layout: Layout | None = None
-        self._detector: Detector | None = None
         self._record: Callable[[AlarmEvent], None] | None = None
         self._record_light: Callable[[int, str], None] | None = None
         self._record_samples: Callable[[SamplesAfterAlarm], None] | None = None
@@ -277,7 +270,7 @@ class Alarms(Showable):
     def _go_behind(self, step: int) -> None:
         """Go on behind this step: a checkpoint was loaded. The next 100 steps are silent."""
         self._waiting.forget(step)
-        self._columns, self._nonfinite, self._unexplained = None, NonFinite(), self._new_unexplained()
+        self._checks.begin_anew()
         self.light.forget(step)
         self._sample_ids = SampleIds()  # which of an epoch have come is not known behind a checkpoint
         self.events[:] = [event for event in self.events if event.step <= step]
@@ -326,17 +319,11 @@ class Alarms(Showable):
 
     def _go_on(self, *, all_of_them: bool = False) -> None:
         for one in self._waiting.ready(logs=self._logs(), norms=self._has_norms, all_of_them=all_of_them):
-            if self._layout is None or not self._layout.fits(one.places, one.levels):
-                self._layout = Layout(self.signals, one.places, one.levels)
-            layout = self._layout
-            row = {name: one.norms[name][layout.single] for name in OF if name in one.norms}
-            self._tell(self._nonfinite.step(one.step, one.loss, row, layout.names))
-            if self._unexplained is not None and SIGNAL in one.norms:
-                scores = one.norms[SIGNAL][layout.single]
-                self._tell(self._unexplained.step(one.step, scores, layout.names, self._turns()))
-            self._tell(self._score(one, layout))
+            for event in self._checks.alarms(one, self._turns, rate_is_known=self._rate.known):
+                self._tell(event)
             if QUANTITY in one.norms:
-                self._look_at_light(one.step, float(one.norms[QUANTITY][layout.total][0]))
+                total = self._checks.layout_of(one).total
+                self._look_at_light(one.step, float(one.norms[QUANTITY][total][0]))
 
     def _look_at_light(self, step: int, rms: float) -> None:
         words = self.light.step(step, rms)
@@ -345,38 +332,7 @@ class Alarms(Showable):
             if self._record_light is not None:
                 self._record_light(step, words)
 
-    def _new_unexplained(self) -> UnexplainedMovement | None:
-        return UnexplainedMovement(self.signals[SIGNAL].limit) if SIGNAL in self.signals else None
-
-    def _score(self, one: StepNumbers, layout: Layout) -> AlarmEvent | None:
-        columns = layout.columns
-        if (one.norms and columns != self._columns) or self._detector is None or self._columns is None:
-            self._columns = columns  # other places than before begin anew, with silent steps
-            self._detector = Detector(columns, self._budget)
-        logs = self._logarithms(one, layout.groups, self._columns)
-        return self._detector.step(one.step, logs, self._log_rate(one))
-
-    def _logarithms(self, one: StepNumbers, groups: NDArray[np.intp], columns: Columns) -> NDArray[np.float64]:
-        logs = np.full(len(columns.signals), np.nan)
-        if one.loss is not None and one.loss > 0 and "loss" in self.signals:
-            logs[columns.where("loss")] = math.log(one.loss) if math.isfinite(one.loss) else math.nan
-        for name in ("update_norm", "grad_norm", "rms_t"):
-            if name in self.signals and name in one.norms:
-                numbers = one.norms[name][groups]
-                numbers = np.where(np.isfinite(numbers), numbers, np.nan)
-                logs[columns.where(name)] = np.log(np.maximum(numbers, _LEAST))
-        if "update_norm" in self.signals:
-            logs[columns.where("update_norm")] -= self._log_rate(one)
-        return logs
-
-    def _log_rate(self, one: StepNumbers) -> float:
-        if self._rate.known or one.rate is None:
-            return one.log_factor
-        return math.log(one.rate) if one.rate > 0 and math.isfinite(one.rate) else math.nan
-
-    def _tell(self, event: AlarmEvent | None) -> None:
-        if event is None:
-            return
+    def _tell(self, event: AlarmEvent) -> None:
         self.events.append(event)
         _LOGGER.warning("%s", event.message)
         if not self._of_ranks.add(event):

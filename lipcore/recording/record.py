@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +16,12 @@ import numpy as np
 from lipcore.metric.results import Window
 from lipcore.metric.values import LEVELS, Level
 from lipcore.models.arguments import check_choice, check_count
-from lipcore.recording.batches import KEPT, Batch, add_batches, forget_details, forget_norms, make_table
+from lipcore.recording.backup import copy_file, copy_record
+from lipcore.recording.batches import KEPT, Batch, add_batches, forget_norms, make_table
 from lipcore.recording.excerpt import write_excerpt
-from lipcore.recording.folding import fold_oldest, used_bytes
 from lipcore.recording.location import Hold, local_copy, of_a_network, record_path
-from lipcore.recording.pack import PackedWindow, kept_places, packed_steps, places_of, unpacked_steps
+from lipcore.recording.pack import kept_places
+from lipcore.recording.record_tables import RecordTables
 from lipcore.recording.schema import RecordError, connect
 from lipcore.recording.step_time import add_step_time
 from lipcore.recording.write_thread import WriteThread
@@ -29,10 +29,7 @@ from lipcore.report.source import StepTime
 
 RecordLevel = Literal["group", "tensor"]
 MAX_BYTES = 2 << 30
-_BLOCK = 256  # steps of a block, about: a later one is joined to one that is shorter
-_DETAIL_BLOCK = 64  # steps of a block of which the older ones are forgotten
 _DETAIL_SHARE = 8  # of `max_bytes`, the part that the last steps of single parameters may take
-_LOOK = 16  # blocks between two looks at the size of the file
 
 
 class RunRecord:
@@ -74,25 +71,26 @@ class RunRecord:
         self._network = of_a_network(self.path.parent)
         self._file = local_copy(self.path) if self._network else self.path
         self.failed = ""  #: why nothing is written any more
-        self.older = ""  #: the name that an older run's file was given
         try:
             if self._network and self.path.exists():
-                _backup(self.path, self._file)
+                copy_file(self.path, self._file)
             self._connection = connect(self._file, write=True)
             self._check_model(model)
             make_table(self._connection)
         except Exception:
             self._hold.close()
             raise
-        self._layouts: dict[str, int] = {
-            text: i for i, text in self._connection.execute("select id, text from layouts")
-        }
-        self._places = {i: len(places_of(text)) for text, i in self._layouts.items()}
+        self._tables = RecordTables(self._connection, self.path, self.levels, self.config, max_bytes)
         self._known = {row[0] for row in self._connection.execute("select distinct quantity from steps")}
-        self._blocks, self._begun, self._closed = 0, False, False
+        self._closed = False
         self._process = os.getpid()
         self._thread = WriteThread(self._connection, self._has_failed)
         atexit.register(self.close)  # a loop that raises ends no Monitor
+
+    @property
+    def older(self) -> str:
+        """Name that an older run's file was given."""
+        return self._tables.older
 
     def _check_model(self, model: str) -> None:
         row = self._connection.execute("select value from meta where key = 'model'").fetchone()
@@ -113,7 +111,7 @@ class RunRecord:
         A run that begins anew, at step 0, where the file has an older one, gets a file of its own; the older one is
         kept beside it."""
         wall = time.time()
-        self._put(lambda: self._begin(step, wall), alone=True)
+        self._put(lambda: self._tables.begin(step, wall), alone=True)
 
     def add_steps(
         self,
@@ -157,7 +155,7 @@ class RunRecord:
     ) -> None:
         if arrays:
             self._known.update(arrays)
-            self._put(lambda: self._add_steps(first, arrays, text, detail=detail))
+            self._put(lambda: self._tables.add_steps(first, arrays, text, detail=detail))
 
     def add_batches(self, batches: Sequence[Batch]) -> None:
         """Add the samples of single steps, of which the last 512 steps and those around an alarm are kept."""
@@ -170,7 +168,7 @@ class RunRecord:
     def add_window(self, window: Window) -> None:
         """Add a closed window."""
         wall = time.time()  # of the window, not of when it is written
-        self._put(lambda: self._add_window(window, wall))
+        self._put(lambda: self._tables.add_window(window, wall))
 
     def add_step_time(self, time: StepTime) -> None:
         """Add the time of some steps to that of all."""
@@ -179,10 +177,7 @@ class RunRecord:
     def add_event(self, step: int, kind: str, text: str, data: Mapping[str, Any] | None = None) -> None:
         """Add something that happened at a step."""
         row = (step, time.time(), kind, text, json.dumps(dict(data or {}), default=str))
-        self._put(
-            lambda: self._execute("insert into events(step, wall, kind, text, data) values(?, ?, ?, ?, ?)", row),
-            soon=True,
-        )
+        self._put(lambda: self._tables.add_event(*row), soon=True)
 
     def flush(self, timeout: float = 60.0) -> bool:
         """Wait until everything so far is in the file; return False where it is not after so many seconds, or writing
@@ -193,7 +188,7 @@ class RunRecord:
 
         def last() -> None:
             if self._network:
-                _backup_from(self._connection, self.path)
+                copy_record(self._connection, self.path)
 
         self._put(last, alone=True)
         self._put(done.set, soon=True, always=True)
@@ -257,119 +252,8 @@ class RunRecord:
             return
         self._thread.put(work, soon=soon, alone=alone, always=always)
 
-    # ---- the thread
-
     def _has_failed(self, error: Exception) -> None:
         self.failed = self.failed or f"{self.path}: {type(error).__name__}: {error}"
-
-    def _execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
-        return self._connection.execute(sql, values)
-
-    def _begin(self, step: int, wall: float) -> None:
-        last = self._last()
-        if step == 0 and last and not self._begun:
-            self._set_aside()
-            last = 0
-        kind = "rewind" if step < last else "resume" if last or self._begun else "start"
-        self._execute("begin")
-        if step < last:
-            self._cut(step)
-        self._execute(
-            "insert into starts(kind, step, wall, config) values(?, ?, ?, ?)",
-            (kind, step, wall, json.dumps(self.config)),
-        )
-        self._execute("commit")
-        self._begun = True
-
-    def _last(self) -> int:
-        rows = [self._execute(f"select max(last) from {table}").fetchone()[0] for table in ("steps", "windows")]
-        return max(0, *(int(row or 0) for row in rows))
-
-    def _cut(self, step: int) -> None:
-        """Remove everything that is later than a step."""
-        self._execute("delete from windows where last > ?", (step,))
-        self._execute("delete from events where step > ?", (step,))
-        self._execute("delete from batches where step > ?", (step,))
-        across = self._execute(
-            "select quantity, first, layout, fold, data from steps where first <= ? and last > ?", (step, step)
-        ).fetchall()
-        for quantity, first, layout, fold, data in across:
-            kept = step - first + 1
-            if fold == 1:
-                data = packed_steps(unpacked_steps(data, self._places[layout])[:kept])
-                self._execute(
-                    "update steps set last = ?, data = ? where quantity = ? and first = ? and layout = ?",
-                    (step, data, quantity, first, layout),
-                )
-            else:  # minima and maxima may be of steps that go: the block is what it was, up to whole groups
-                groups = kept // fold
-                three = np.frombuffer(data, "<f4").reshape(3, self._places[layout], -1)[..., :groups]
-                self._execute(
-                    "update steps set last = ?, data = ? where quantity = ? and first = ? and layout = ?",
-                    (first + groups * fold - 1, np.ascontiguousarray(three).tobytes(), quantity, first, layout),
-                )
-        self._execute("delete from steps where first > ? or last < first", (step,))
-
-    def _set_aside(self) -> None:
-        """Copy an older run's record to a file of another name, and empty this one: who is reading it goes on, which a
-        file that is renamed would not let him do."""
-        number = 1
-        while (older := self.path.with_name(f"{self.path.stem}-before-{number}.older")).exists():
-            number += 1
-        _backup_from(self._connection, older)
-        self.older = older.name
-        self._execute("begin")
-        for table in ("starts", "steps", "windows", "events", "batches"):
-            self._execute(f"delete from {table}")
-        self._execute("insert or replace into meta values('older', ?)", (older.name,))
-        self._execute("delete from meta where key = 'step_time'")
-        self._execute("commit")
-
-    def _layout(self, text: str) -> int:
-        if text not in self._layouts:
-            number = int(self._execute("insert into layouts(text) values(?)", (text,)).lastrowid or 0)
-            self._layouts[text], self._places[number] = number, len(places_of(text))
-        return self._layouts[text]
-
-    def _add_steps(
-        self, first: int, arrays: Mapping[str, np.ndarray[Any, Any]], text: str, *, detail: bool = False
-    ) -> None:
-        layout = self._layout(text)
-        for quantity, values in arrays.items():
-            self._add_block(quantity, first, values, layout, _DETAIL_BLOCK if detail else _BLOCK)
-            if detail:
-                forget_details(self._connection, quantity, first + len(values) - 1)
-        looked, self._blocks = self._blocks // _LOOK, self._blocks + len(arrays)
-        if self._blocks // _LOOK > looked and used_bytes(self._connection) > self._limit:
-            self._make_room()
-
-    def _add_block(self, quantity: str, first: int, values: np.ndarray[Any, Any], layout: int, longest: int) -> None:
-        last = first + len(values) - 1
-        before = self._execute(
-            "select first, data from steps where quantity = ? and layout = ? and last = ? and fold = 1"
-            " and first > ? order by first desc limit 1",
-            (quantity, layout, first - 1, first - longest),
-        ).fetchone()
-        if before is not None:
-            values = np.concatenate([unpacked_steps(before[1], self._places[layout]), values])
-            first = before[0]
-        self._execute(
-            "insert or replace into steps values(?, ?, ?, ?, 1, ?)",
-            (quantity, layout, first, last, packed_steps(values)),
-        )
-
-    def _make_room(self) -> None:
-        while used_bytes(self._connection) > 0.8 * self._limit and fold_oldest(self._connection, self._places):
-            pass
-
-    def _add_window(self, window: Window, wall: float) -> None:
-        packed = PackedWindow(window, self.levels)
-        layouts = [self._layout(text) for text in packed.layouts]
-        header, floats, counts = packed.blobs(layouts)
-        self._execute(
-            "insert or replace into windows values(?, ?, ?, ?, ?, ?, ?, ?)",
-            (window.last_step, window.first_step, window.index, window.scope, wall, header, floats, counts),
-        )
 
 
 def checked_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -379,23 +263,3 @@ def checked_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
     if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
         raise TypeError(f"config: expected a dict with names as keys, got {type(config).__name__}")
     return {key: json.loads(json.dumps(value, default=str)) for key, value in config.items()}
-
-
-def _backup(source: Path, target: Path) -> None:
-    connection = sqlite3.connect(source)
-    try:
-        _backup_from(connection, target)
-    finally:
-        connection.close()
-
-
-def _backup_from(connection: sqlite3.Connection, target: Path) -> None:
-    """Copy a record as it is now to another file, which is whole at every moment."""
-    half = target.with_name(target.name + "-half")
-    half.unlink(missing_ok=True)
-    copy = sqlite3.connect(half)
-    try:
-        connection.backup(copy)
-    finally:
-        copy.close()
-    os.replace(half, target)

@@ -12,12 +12,13 @@ from lipcore.capture.gradient_sums import GradientSums
 from lipcore.capture.graph.closed_forms import CLOSED_FORMS, SampleRows
 from lipcore.capture.graph.edges import Edges
 from lipcore.capture.graph.frontier import EVERYTHING, Frontier
+from lipcore.capture.graph.gradient_rows import only_rows, sums_of_samples, touches, with_rows
 from lipcore.capture.graph.kept_tensors import reading
+from lipcore.capture.graph.returned import ReturnedPlaces
 from lipcore.capture.graph.rows import as_real
 from lipcore.capture.graph.walk import Walk
-from lipcore.capture.proof import NOTHING, is_proof
+from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import in_backward
-from lipcore.functional.ordered_sums import sum_by_index
 from lipcore.layers import Dense, Factor, norms_sq_of
 from lipcore.models.torch_internals import current_node
 
@@ -36,16 +37,6 @@ UNSEEN_ROWS = (
     "in every proof so far some rows had no gradient where parameters meet the batch, so that it is not known whose "
     "they are; the norms of passes in which they have one are NaN until a proof has seen it"
 )
-
-
-RETURNED = (
-    "the model returns what it makes of it without the batch, and the loss uses that, so that its gradient is not the "
-    "sum of what the samples bring; return it expanded over the samples, x.expand(B, ...), or do what the loss does "
-    "with it in forward()"
-)
-#: Share of a gradient that rounding explains, where sums of samples' gradients are compared with it.
-_OUTSIDE, _OUTSIDE_HALF = 1e-4, 3e-2
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def is_sum(name: str) -> bool:
@@ -92,11 +83,10 @@ class Replay:
     ) -> None:
         self.whole = whole
         self._why_unseen = untold or UNSEEN_ROWS
-        self._returned = frontier.returned
-        self._outside: dict[str, Tensor] = {}  # by parameter, whether a gradient came past its samples', on its device
         self._leaves, self._samples = frontier.leaves, samples
         self._counts, self._fail, self._unreached, self._unseen = counts, fail, unreached, unseen or {}
         self._behind_leaf = {name: frontier.behind[name] for name in frontier.leaves.values()}
+        self._returned = ReturnedPlaces(frontier.returned, self._behind_leaf, samples)
         self._unknown, self._looped = False, set[int]()  # places behind frontier nodes that were run for every sample
         self.unproved = ""
         self.sums: GradientSums | None = None
@@ -118,7 +108,8 @@ class Replay:
         if self._task != in_backward():
             self._task = in_backward()
             self._sums, self._squares, self._factors, self.unproved, self._unknown = {}, {}, {}, "", False
-            self._looped, self._outside, self._totals = set(), {}, {}
+            self._looped, self._totals = set(), {}
+            self._returned.begin()
             if self.sums is not None:
                 self.sums.begin(self._task)
         return True
@@ -152,13 +143,13 @@ class Replay:
             for i, (child, number, out) in enumerate(self._behind(place, found)):
                 if out is not None and child in self._edges.shapes and i not in done:
                     shape = self._edges.shapes[child][number]
-                    self._add(child, number, _summed(out, at[0], owners, self._samples, shape))
+                    self._add(child, number, sums_of_samples(out, at[0], owners, self._samples, shape))
             return
         self._looped |= {c for i, c in enumerate(self._edges.next[place]) if i not in done}
         rows: dict[tuple[int, int], list[Tensor]] = {}
         for sample in range(self._samples):
             masked = tuple(
-                g if g is None or each is None else _only(g, each, whose == sample)
+                g if g is None or each is None else only_rows(g, each, whose == sample)
                 for g, each in zip(grads, at, strict=True)
             )
             self._collect(rows, place, _run(node, masked), done)
@@ -167,8 +158,8 @@ class Replay:
     def _look_at_unseen(self, grads: tuple[Tensor | None, ...], at: tuple[int | None, ...], rows: Tensor) -> None:
         """Note rows with a gradient that no proof has seen. Where it is not finite, it makes the norm of the sample
         that they are taken for NaN by itself."""
-        for grad, dim in _dims(grads, at):
-            touched, finite = _touches(grad, dim, rows)
+        for grad, dim in with_rows(grads, at):
+            touched, finite = touches(grad, dim, rows)
             if finite:
                 self._unknown, self.unproved = True, self._why_unseen
             elif touched:
@@ -224,7 +215,7 @@ class Replay:
             return
         sums = self._sums.pop(place, {})
         if place in self._returned:
-            self._compare(grads, sums, place)
+            self._returned.compare(grads, sums, place)
         total = self._totals.pop(place, None)
         if total is not None and self.sums is not None:
             self._pass_on(self.sums, place, node, total)
@@ -237,23 +228,9 @@ class Replay:
             self._collect(rows, place, _run(node, mine))
         self._add_all(rows)
 
-    def _compare(self, grads: tuple[Tensor | None, ...], sums: Mapping[int, Tensor], place: int) -> None:
-        """Note whether more has come to a tensor that the model returns than its samples' gradients."""
-        for k, grad in enumerate(grads):
-            if grad is None:
-                continue
-            more, scale = grad.double(), grad.double().norm()
-            if k in sums:
-                more = more - sums[k].sum(0).double()
-                scale = torch.maximum(scale, sums[k].double().reshape(self._samples, -1).norm(dim=1).sum())
-            came = ~(more.norm() <= (_OUTSIDE_HALF if grad.dtype in _HALF else _OUTSIDE) * scale)
-            for name, behind in self._behind_leaf.items():
-                if place in behind:
-                    self._outside[name] = self._outside[name] | came if name in self._outside else came
-
     def outside(self) -> dict[str, str]:
         """Return the parameters of which the last backward pass brought more than samples' gradients, and why."""
-        return {name: RETURNED for name, came in self._outside.items() if bool(came)}
+        return self._returned.outside()
 
     def _collect(
         self,
@@ -371,39 +348,3 @@ class _Hook:
 def _run(node: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     found = node(*grads)
     return found if isinstance(found, tuple) else (found,)
-
-
-def _only(grad: Tensor, dim: int, mine: Tensor) -> Tensor:
-    """Return a gradient whose rows along a dimension are zero but for those of a mask."""
-    if dim < 0:
-        return grad
-    shape = [1] * grad.dim()
-    shape[dim] = -1
-    return torch.where(mine.to(grad.device).reshape(shape), grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
-
-
-def _dims(grads: tuple[Tensor | None, ...], at: tuple[int | None, ...]) -> Iterator[tuple[Tensor, int]]:
-    return ((g, d) for g, d in zip(grads, at, strict=True) if g is not None and d is not None and d != EVERYTHING)
-
-
-def _touches(grad: Tensor, dim: int, rows: Tensor) -> tuple[bool, bool]:
-    """Return whether these rows have a gradient, and whether a whole row of them is finite and has one."""
-    rest = grad.index_select(dim, rows.nonzero().flatten().to(grad.device))
-    rest = rest.movedim(dim, 0).flatten(1) if rest.dim() > 1 else rest[:, None]
-    there = (~(rest.abs().double() ** 2 < NOTHING)).any(1)
-    return bool(there.any()), bool((there & rest.isfinite().all(1)).any())
-
-
-def _summed(out: Tensor, dim: int, whose: Tensor, samples: int, shape: tuple[int, ...]) -> Tensor:
-    """Return for each sample the sum of its rows, with what broadcasting has added to this shape summed up:
-    [B, *shape]."""
-    out = out.float() if out.dtype in (torch.float16, torch.bfloat16) else out
-    if dim < 0:
-        return out.sum_to_size(shape)[None]
-    padded = (1,) * (out.dim() - len(shape)) + shape
-    if padded[dim] != 1:  # what is behind has these rows too
-        return torch.stack([_only(out, dim, whose == b).sum_to_size(shape) for b in range(samples)])
-    over = [i for i in range(out.dim()) if i != dim and padded[i] == 1 and out.shape[i] != 1]
-    rows = (out.sum(over, keepdim=True) if over else out).movedim(dim, 0)
-    found = sum_by_index(rows, whose % (samples + 1), samples + 1)  # nobody's are last
-    return found[:samples].reshape(samples, *shape)

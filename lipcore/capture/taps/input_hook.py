@@ -3,6 +3,7 @@ asks for, and a hook on the alias' node takes the numbers."""
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from lipcore.capture.taps.graph import goes_past
 from lipcore.capture.taps.graph_check import GraphCheck
 from lipcore.capture.taps.identity import Probed
 from lipcore.capture.taps.input_alias import Source, alias_of
-from lipcore.capture.taps.sharded_check import ShardedCheck, why_not_alone
+from lipcore.capture.taps.sharded_input import FROZEN, SHARDED, ShardedInput
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
 from lipcore.capture.taps.trial import Question, Trial, exchanges, trial
@@ -40,21 +41,6 @@ _OTHER_ROWS = (
 _UNPROVED = (
     "not compared with the gradients of single samples: the model's graph cannot be gone through twice ({0}), and a "
     "pass of lipcore's own shows nothing where it {1}"
-)
-_SHARDED = (
-    "the model's parameters are sharded over ranks (fully_shard, tensor parallel), and are there as a whole in the "
-    "training's own backward pass only, or never; lipcore.local_lipschitz on a copy that is not sharded gives it at "
-    "any points"
-)
-_FROZEN = (
-    "its output requires no gradient (the layer is frozen, as is all before it), and in a model whose parameters are "
-    "sharded over ranks (fully_shard) none is begun there: layers behind it would be reduced at other times than on "
-    "ranks without this metric; name a layer that trains, input='<module>'"
-)
-_NOT_PROVED = (
-    "the model's parameters are sharded over ranks (fully_shard), and nothing has shown that the output depends on the "
-    "input by way of the first layer alone, as it does in an nn.Sequential of torch's own layers: call "
-    "monitor.prove(batch) on all ranks, or name the layer that lambda is to be at, input='<module>'"
 )
 
 
@@ -84,33 +70,38 @@ class InputHook:
     Args:
         model: what the loop calls.
         at: the module whose input is meant, the model itself or one inside it.
+        first: where the output of the first layer is tapped; None where that is nowhere.
+        last: where that of the model is.
     """
 
-    def __init__(self, tap: InputTap, model: nn.Module, at: nn.Module, collector: Collector) -> None:
+    def __init__(
+        self,
+        tap: InputTap,
+        model: nn.Module,
+        at: nn.Module,
+        collector: Collector,
+        first: Site | None,
+        last: Site | None,
+    ) -> None:
         self.tap = tap
         self.at = at
         self.site = Site(f"input of {type(at).__name__}", self._failed)
         self.site.taps.append(tap)
         self.site.in_place_after = True  # in a compiled region the layer may work on its input in place
-        self.first: Site | None = None
-        self.last: Site | None = None
+        self._first, self._last = first, last
+        self._pick = functools.partial(_picked, last)
         self._model, self._collector = model, collector
         self._anchor = torch.empty(0, requires_grad=True, device="cpu")
         self._tried = self._hooked = False
         self._now = _UnderWay()
         tap.sharded = gathers_by_part(model) and under_process_group()
-        self._sharded = ShardedCheck(model, tap, collector) if tap.sharded else None
-        self.leaves_alone = _FROZEN if tap.sharded else ""  #: why no output inside the model may begin gradients
-        self._stands_alone = self._sharded is not None and self._is_alone()
-        if self._sharded is not None and self._stands_alone:
-            self._sharded.ranks.announce(1)  # the first pass may gather nothing, and so wait for no other rank
+        self._sharded: ShardedInput | None = None
+        if tap.sharded:
+            self._sharded = ShardedInput(tap, model, at, collector, first, last, self._pick)
+        self.leaves_alone = FROZEN if tap.sharded else ""  #: why no output inside the model may begin gradients
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nothing, ()
-
-    def _is_alone(self) -> bool:
-        """Return whether the structure of a sharded model says that its first layer stands alone on the input."""
-        return self.at is not self._model or modules_in_order(self._model, sharded=True) is not None
 
     def _failed(self, error: Exception) -> None:
         self.tap.refuse(str(error))
@@ -123,7 +114,7 @@ class InputHook:
         """Begin a forward pass of the model: return its arguments with the alias among them, or None to leave them."""
         self._now.passing = None
         if self._sharded is not None:
-            self._begin_sharded(micro, arguments, keywords, compiled=compiled)
+            self._sharded.begin(micro, arguments, keywords, compiled=compiled)
             return None
         if self.tap.off:
             return None
@@ -153,40 +144,13 @@ class InputHook:
             self._give_up(error)
             return None
 
-    def _begin_sharded(
-        self, micro: MicroBatch, arguments: tuple[Any, ...], keywords: dict[str, Any], *, compiled: bool
-    ) -> None:
-        """Begin a forward pass of a sharded model, and leave its input as it is."""
-        tap, sharded = self.tap, self._sharded
-        assert sharded is not None
-        self._stands_alone = self._is_alone()  # hooks that come later may lead past the first layer
-        if not self._stands_alone and not sharded.is_proved:
-            tap.stands_alone = False
-        if self._stands_alone and not tap.stands_alone and not tap.off:
-            tap.allow()
-            sharded.start()
-        micro.look = sharded.begin(self.first, self.last)
-        try:
-            tap.prepare()
-            if self.at is self._model and not tap.off:
-                x = tap.choose(arguments, keywords)
-                if x is None:
-                    return
-                micro.sources[tap] = Source(x)
-            if compiled:
-                tap.refuse(_SHARDED)
-            elif not tap.stands_alone:
-                tap.refuse(_NOT_PROVED)
-        except Exception as error:
-            self._give_up(error)
-
     def enter(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Begin the forward pass of a module inside the model: return its arguments with the alias, or None to leave
         them."""
         if torch.compiler.is_compiling():
             return self._trace(arguments, keywords)
         if self._sharded is not None:
-            return self._enter_sharded(arguments, keywords)
+            return self._sharded.enter(arguments, keywords)
         under_way = self._now.passing
         if in_backward() != -1:
             return self.begin_again(arguments, keywords)
@@ -200,13 +164,6 @@ class InputHook:
         except Exception as error:
             self._give_up(error)
             return None
-
-    def _enter_sharded(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if in_backward() == -1 and torch.is_grad_enabled() and is_plain_run() and not self.tap.off:
-            try:
-                self.tap.choose(arguments, keywords)  # are these integers?
-            except Exception as error:
-                self._give_up(error)
 
     def _trace(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Put an identity with a probe on the layer's input, in a compiled region and a pass that has a probe."""
@@ -265,13 +222,13 @@ class InputHook:
         if self._tried:
             return True
         if has_dtensors(self._model):
-            self.tap.refuse(_SHARDED)
+            self.tap.refuse(SHARDED)
             return False
         self._tried, self._hooked = True, has_backward_hooks(self._model)
         by_graph = not compiled and not self._hooked  # which the check will go through once more
         if by_graph and self.at is self._model and modules_in_order(self._model) is not None:
             return True
-        layer = self.first.module if compiled and self.first is not None else None
+        layer = self._first.module if compiled and self._first is not None else None
         layers = () if layer is None else (layer,)
         found = trial(Question(self._model, self.at, x, arguments, keywords, self._pick, layers))
         if found.exchanges:
@@ -309,10 +266,10 @@ class InputHook:
         samples = 0 if batch is None else len(batch)
         if not samples:
             return
-        if self.first is not None and found.layer_rows not in (0, samples):
-            reason = _OTHER_ROWS.format(f"'{self.first.name}'", found.layer_rows, samples)
-            if self.first.optional:
-                self._collector.lose(self.first, reason)
+        if self._first is not None and found.layer_rows not in (0, samples):
+            reason = _OTHER_ROWS.format(f"'{self._first.name}'", found.layer_rows, samples)
+            if self._first.optional:
+                self._collector.lose(self._first, reason)
             else:
                 self._collector.fail(ValueError(f"input: {reason}"))
         elif x is None and found.rows not in (0, samples):
@@ -362,7 +319,7 @@ class InputHook:
         returns, None where it has raised."""
         raised = output is None
         if self._sharded is not None:
-            self._end_sharded(self._collector.under_way.micro, output)
+            self._sharded.end(self._collector.under_way.micro, output)
             return
         under_way, self._now.passing = self._now.passing, None
         if under_way is None or under_way.alias is None:
@@ -379,37 +336,6 @@ class InputHook:
         except Exception as error:
             self._give_up(error)
 
-    def _end_sharded(self, micro: MicroBatch | None, output: Any) -> None:
-        assert self._sharded is not None
-        raised = output is None
-        try:
-            if micro is not None:
-                self._compare(micro, output)
-                self._sharded.end(micro, raised=raised)
-            if raised or self.tap.by_product is not False:
-                return
-            if self.tap.is_vector:
-                self.tap.refuse(why_not_alone(None if self.first is None else self.first.module))
-            else:
-                self.tap.unproved = ""  # lambda is by the gradient at an Embedding's output, as in any model
-        except Exception as error:
-            self._give_up(error)
-
-    def _compare(self, micro: MicroBatch, output: Any) -> None:
-        """Compare a pass of a sharded model with a proof that was asked for, where no other reason shows as much."""
-        assert self._sharded is not None
-        if output is None or self._stands_alone or not self.tap.stands_alone or self.tap.off:
-            return
-        try:
-            self._sharded.compare(self._pick(output), micro.sources.get(self.tap))
-        except Exception as error:
-            self._give_up(error)
-
-    @property
-    def _pick(self) -> Callable[[Any], Any]:
-        """The function that returns the tensor of the model's output that is meant."""
-        return self.last.taps[0].pick if self.last is not None and not self.last.target else _as_it_is
-
     @property
     def is_sharded(self) -> bool:
         """True in a model whose parts gather their parameters when they run."""
@@ -424,15 +350,14 @@ class InputHook:
         """Prove, in passes that all ranks of a sharded model run, that the first layer's weight is all that stands
         between the input and the rest; return why not, or ""."""
         assert self._sharded is not None
-        first = None if self.first is None else self.first.module
-        return self._sharded.prove(self.at, first, self._pick, arguments, keywords)
+        return self._sharded.prove(arguments, keywords)
 
     def _look(self, under_way: _Pass) -> None:
         nodes = under_way.micro.nodes
-        made = nodes.get(self.last) if self.last is not None else None
+        made = nodes.get(self._last) if self._last is not None else None
         if made is None:
             return
-        layer = nodes.get(self.first) if self.first is not None else None
+        layer = nodes.get(self._first) if self._first is not None else None
         if layer is not None and self.at is self._model:
             self.tap.seen(goes_past(made[0], under_way.node, layer[0]))
         if under_way.check and why_once_only(made[0]):
@@ -440,11 +365,12 @@ class InputHook:
         elif under_way.check and not has_backward_hooks(self._model):
             ends = GradientEdge(*made), GradientEdge(under_way.node, 0)
             who = self._model, self.tap, self._collector
-            self._collector.check = GraphCheck(*who, under_way.micro, self.last, *ends)
+            self._collector.check = GraphCheck(*who, under_way.micro, self._last, *ends)
 
 
-def _as_it_is(output: Any) -> Any:
-    return output
+def _picked(last: Site | None, output: Any) -> Any:
+    """Return the tensor of the model's output that is meant."""
+    return output if last is None or last.target else last.taps[0].pick(output)
 
 
 def _nothing() -> None:

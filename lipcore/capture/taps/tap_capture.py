@@ -113,12 +113,11 @@ class Capture:
         at = self.model
         if target and (first is None or first[0] != target):
             at = find_module(self.model, target, tap.argument)[1]
-        hook = InputHook(tap, self.model, at, self._collector)
-        for site in self._sites.values():
-            if tap.first in site.taps:
-                hook.first = site
-            elif tap.last in site.taps:
-                hook.last = site
+        sites = self._sites.values()
+        first_site = next((site for site in sites if tap.first in site.taps), None)
+        last_site = next((site for site in sites if tap.last in site.taps and site is not first_site), None)
+        hook = InputHook(tap, self.model, at, self._collector, first_site, last_site)
+        for site in sites:
             if site.target:
                 site.left_alone = hook.leaves_alone
         return hook
