@@ -2,55 +2,37 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lipcore.distributed.placed import counts_here, tied_to
-from lipcore.distributed.rank_axis import Place
 from lipcore.metric.host_reads import OnDevice
 from lipcore.metric.plan_lines import PlanLines
-from lipcore.metric.protocol import Needs, PlanLine
-from lipcore.metric.rank_part import FSDP1_PIECES, Holding, RankPart
-from lipcore.metric.rank_states import RankStates
+from lipcore.metric.protocol import PlanLine
+from lipcore.metric.rank_part import RankPart
 from lipcore.metric.results import MetricResult
-from lipcore.metric.standalone import StandaloneMetric
-from lipcore.metric.state import check_same, checked_count
 from lipcore.models.arguments import check_choice, check_count
-from lipcore.models.capturing import is_capturing
 from lipcore.models.names import listed
-from lipcore.models.ranks import is_fsdp1
 from lipcore.tensor_stats.attention import AttentionChoice
-from lipcore.tensor_stats.block import Block, Numbers
+from lipcore.tensor_stats.block import Numbers
 from lipcore.tensor_stats.describe import add_extras, add_rows, histogram_of
-from lipcore.tensor_stats.extra import ROOT, UNREADABLE, Extra, main_tensor, readable
+from lipcore.tensor_stats.extra import ROOT
+from lipcore.tensor_stats.open_window import OpenWindow
 from lipcore.tensor_stats.rank_part import TensorStatsPart
 from lipcore.tensor_stats.router import RouterChoice
-from lipcore.tensor_stats.watched import QUANTITIES, Names, Watched, Wishes, checked_names
+from lipcore.tensor_stats.sampled_steps import ONLY_NUMBERS
+from lipcore.tensor_stats.watched import QUANTITIES, Names, Wishes, checked_names
 from lipcore.trajectory.groups import Groups, by_block
-from lipcore.trajectory.parameters import WatchedParameter, piece_of
 
-_ONLY_NUMBERS = (
-    "this TensorStats is a copy, which holds the numbers of compute() and no model; to go on, make a new one and "
-    "load_state_dict() of the original"
-)
 _NO_PASS = (
     "no forward pass came through the model's hooks in the sampled steps: the loop calls another object, without "
     "gradients, in a compiled function or inside an activation checkpoint"
 )
-_CAPTURED = "tensors inside a CUDA graph that is captured are left out: its replays tell the host nothing"
 
 
-def _holds(held: Mapping[tuple[str, str], WatchedParameter]) -> list[tuple[str, str, Tensor]]:
-    """Return name, group and tensor of each. A window that waits has those of its time, whatever is watched by now."""
-    return [(name, group, one.owner[one.key]) for (name, group), one in held.items()]
-
-
-class TensorStats(StandaloneMetric):
+class TensorStats(OpenWindow):
     r"""Statistics of the elements of parameters, of their gradients and of modules' outputs, on every `every_steps`-th
     step.
 
@@ -116,7 +98,6 @@ class TensorStats(StandaloneMetric):
     """
 
     name = "tensor_stats"
-    _version = 1
 
     def __init__(
         self,
@@ -139,7 +120,7 @@ class TensorStats(StandaloneMetric):
         left_out = checked_names("exclude", exclude)
         if isinstance(left_out, bool):
             raise TypeError(f"exclude: expected a pattern of names or a list of them, got {exclude!r}")
-        self._wishes = Wishes(
+        wishes = Wishes(
             checked_names("parameters", parameters),
             checked_names("gradients", gradients),
             checked_names("outputs", outputs),
@@ -149,188 +130,9 @@ class TensorStats(StandaloneMetric):
             router,
             logits,
         )
-        self.every_steps, self._window_blocks = every_steps, 1
-        self._model: nn.Module | None = None
-        self._watched: Watched | None = None
-        self._numbers: MetricResult | None = None  # of a copy, which has nothing else
-        self._scaler: Any = None
-        self._steps_seen = 0
-        self._forget_step()
-        self._skipped: deque[int] = deque([0], maxlen=1)  # steps that a GradScaler skipped, by block
-        self._notes: dict[str, Any] = {}
-        self._untrue = ""  # why gradients are not what they are called
+        super().__init__(wishes, every_steps)
         if model is not None:
             self._watch(model, scaler)
-
-    # ---- binding
-
-    def prepare(self, optimizers: Sequence[Any], scaler: Any, window_blocks: int) -> None:
-        """Take the GradScaler and the blocks per window of the Monitor."""
-        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self._window_blocks = window_blocks
-        self._skipped = deque([0], maxlen=window_blocks)
-
-    def bind(self, model: nn.Module) -> None:
-        """Find what is to be measured."""
-        if self._numbers is not None:
-            raise RuntimeError(_ONLY_NUMBERS)
-        if self._watched is not None:
-            raise RuntimeError("this TensorStats is bound to a model already; make one per model")
-        self._model = model
-        self._look()
-
-    def _look(self) -> None:
-        assert self._model is not None
-        self._watched = Watched(self._model, self._wishes, self.prefix)
-        self._step, self._open = Block(self._watched.size), Block(self._watched.size)
-        self._closed: deque[Block] = deque(maxlen=self._window_blocks - 1)
-        self._held = {(p.name, p.group): p for p in (*self._watched.parameters, *self._watched.gradients)}
-        fsdp1 = is_fsdp1(self._model)
-        self._holding = Holding(partial(_holds, self._held), FSDP1_PIECES if fsdp1 else "")
-        self._forget_step()
-        self._notes = {}
-
-    @property
-    def _found(self) -> Watched:
-        if self._numbers is not None:
-            raise RuntimeError(_ONLY_NUMBERS)
-        if self._watched is None:
-            raise RuntimeError(
-                "this TensorStats has no model; pass one to TensorStats(model) or to Monitor(model, metrics=[...])"
-            )
-        return self._watched
-
-    def rebind(self) -> None:
-        """Look at the model anew; a new window starts."""
-        assert self._found is not None
-        self._look()
-
-    def needs(self) -> Needs:
-        found = self._found
-        return Needs(gradients=bool(found.gradients), outputs=found.hooked or None)
-
-    # ---- what it observes
-
-    @property
-    def _due(self) -> bool:
-        return (self._steps_seen + 1) % self.every_steps == 0
-
-    def _forget_step(self) -> None:
-        """Forget what has come of the step under way."""
-        self._has_gradients = self._has_outputs = False
-
-    def wants_outputs(self) -> bool:
-        if not self._due:
-            return False
-        for extra in self._found.extras:
-            extra.begin()
-        self._step.passes += 1
-        self._has_outputs = True
-        return True
-
-    def observe_output(self, name: str, module: nn.Module, output: Any) -> None:
-        """Take what a module has returned."""
-        found, tensor = self._found, main_tensor(output)
-        if not self._has_outputs:
-            return  # the pass began before the step under way
-        if tensor is None and name in found.row_of_output:
-            self._note(found.row_of_output[name], UNREADABLE)
-        if tensor is None or self._is_captured(tensor):
-            return
-        if name in found.row_of_output:
-            self._add([tensor], [found.row_of_output[name]])
-        for entry in found.readers.get(name, ()):
-            self._read(*entry, name, tensor)
-
-    def _read(self, extra: Extra, sums: slice, most: slice, name: str, output: Tensor) -> None:
-        if extra.problem:
-            return
-        try:
-            with torch.no_grad():
-                numbers = extra.read(name, output)
-        except ValueError as error:
-            extra.problem = str(error)
-            return
-        if numbers is None:
-            return
-        into = self._step.on(output.device)
-        into.sums[sums] += numbers[0].to(into.device)
-        if extra.most:
-            into.most[most] = torch.maximum(into.most[most], numbers[1].to(into.device))
-
-    def observe_gradients(self) -> None:
-        """Take the gradients as a backward pass has left them; of several in one step the last one's, which holds the
-        sum."""
-        found = self._found
-        if not self._due:
-            return
-        begin = len(found.parameters)
-        if self._has_gradients:
-            for numbers in self._step.parts:
-                numbers.forget(begin, begin + len(found.gradients))
-        tensors = self._tensors(found.gradients, begin, of_gradients=True)
-        if self._scaler is None:
-            self._add(*tensors)
-        else:
-            scale = self._scaler._scale
-            for tensor, place in zip(*tensors, strict=True):  # one at a time: each is a copy
-                self._add([_without_scale(tensor, scale)], [place])
-        self._has_gradients = True
-
-    def _add(self, tensors: Sequence[Tensor], places: Sequence[int]) -> None:
-        for place, why in self._step.observe(tensors, places).items():
-            self._note(place, why)
-
-    def _note(self, place: int, why: str) -> None:
-        """Note why a tensor has no numbers."""
-        quantity, name, _, _ = self._found.rows[place]
-        self._notes.setdefault("not_read", {})[f"{quantity} {name}"] = why
-
-    def _tensors(
-        self, parameters: Sequence[WatchedParameter], begin: int, *, of_gradients: bool = False
-    ) -> tuple[list[Tensor], list[int]]:
-        """Return the tensors that are there, and their places."""
-        tensors, places = [], []
-        for place, parameter in enumerate(parameters, begin):
-            tensor: Tensor | None = parameter.owner.get(parameter.key)
-            if tensor is not None and of_gradients:
-                tensor = tensor.grad
-            if tensor is None:
-                continue
-            values = readable(tensor)
-            if values is None:
-                self._note(place, UNREADABLE)
-            elif not self._is_captured(values):
-                tensors.append(values)
-                places.append(place)
-        return tensors, places
-
-    def _is_captured(self, tensor: Tensor) -> bool:
-        captured = is_capturing(tensor)
-        if captured:
-            self._notes["captured"] = _CAPTURED
-        return captured
-
-    def observe_step(self) -> None:
-        """Take the parameters, and count the step with what came before it."""
-        if self._due:
-            self._add(*self._tensors(self._found.parameters, 0))
-            self._step.steps = 1
-            self._open.merge(self._step)
-            self._step.clear()
-        elif self._has_gradients or self._has_outputs:
-            self._step.clear()
-        self._forget_step()
-        self._steps_seen += 1
-
-    def observe_skipped_step(self) -> None:
-        """Forget what came since the last step."""
-        self._skipped[-1] += 1
-        self._step.clear()
-        self._forget_step()
-
-    def observe_unknown_scale(self, reason: str) -> None:
-        self._untrue = reason
 
     # ---- results
 
@@ -429,119 +231,10 @@ class TensorStats(StandaloneMetric):
     def rank_part(self) -> RankPart | str:
         """Return what the open window adds to that of all ranks."""
         if self._numbers is not None:
-            return _ONLY_NUMBERS
+            return ONLY_NUMBERS
         numbers, steps, passes = self._window()
         holding, empty = self._holding if self._held else None, self._empty_result(steps, passes)
         return TensorStatsPart.of(self._found, holding, numbers, passes, self._untrue, empty)
-
-    def reset(self) -> None:
-        """Start a new window."""
-        assert self._found is not None
-        self._open.clear()
-        self._closed.clear()
-        self._skipped = deque([0], maxlen=self._window_blocks)
-
-    def advance(self) -> None:
-        """Slide the window by a block."""
-        assert self._found is not None
-        if self._closed.maxlen:
-            self._closed.append(self._open)
-            self._open = Block(self._found.size)
-        else:
-            self._open.clear()
-        self._skipped.append(0)
-
-    # ---- state
-
-    def _settings(self) -> dict[str, Any]:
-        found = self._found
-        return {
-            "version": self._version,
-            "every_steps": self.every_steps,
-            "places": [list(row[:3]) for row in found.rows],
-            "extras": [[extra.kind, extra.place, extra.sums, extra.most] for extra in found.extras],
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return settings, counters and the numbers of the open window: tensors, numbers and strings only."""
-        blocks = [block.state_dict() for block in (*self._closed, self._open)]
-        return {**self._settings(), "steps_seen": self._steps_seen, "blocks": blocks}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state of the same model; ValueError naming the first difference, and nothing changed,
-        otherwise. What has come of the step under way is forgotten."""
-        blocks, steps = self._loaded(state)
-        self._step.clear()
-        self._forget_step()
-        self._steps_seen, self._open = steps, blocks[-1]
-        self._closed = deque(blocks[:-1], maxlen=self._window_blocks - 1)
-
-    def _loaded(self, state: Any) -> tuple[list[Block], int]:
-        check_same(state, self._settings())
-        steps, blocks = checked_count(state, "steps_seen"), state.get("blocks")
-        if not isinstance(blocks, list) or not 1 <= len(blocks) <= self._window_blocks:
-            what = len(blocks) if isinstance(blocks, list) else type(blocks).__name__
-            raise ValueError(f"blocks: expected a list of 1 to {self._window_blocks}, got {what}")
-        return [self._open.loaded(block, f"blocks[{i}]") for i, block in enumerate(blocks)], steps
-
-    def split_state(self, state: dict[str, Any], place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return its state with which rows this rank counts: what other ranks hold alike of parameters and gradients
-        counts once."""
-        held = {name: tensor for name, _, tensor in _holds(self._held)}
-        rows = [(quantity, name) for quantity, name, *_ in self._found.rows]
-        counted = [i for i, (q, name) in enumerate(rows) if q == "output" or counts_here(held[name], place.rank)]
-        tied = next((f"parameter '{n}' {why}" for n, t in held.items() if (why := tied_to(t, place.numbers))), "")
-        return {}, state | {"counted": counted, "pieces": self._pieces(), "tied": tied}
-
-    def _pieces(self) -> list[str]:
-        return [piece_of(tensor) for _, _, tensor in _holds(self._held)]
-
-    def _outputs(self) -> list[int]:
-        return [i for i, (quantity, *_) in enumerate(self._found.rows) if quantity == "output"]
-
-    def empty_state(self, rest: dict[str, Any]) -> dict[str, Any]:
-        """Return its state without outputs; without parameters and gradients too, where ranks hold parts of these."""
-        blocks, _ = self._loaded(rest)
-        kept = [] if any(rest["pieces"]) else sorted({*range(self._found.size.places)} - {*self._outputs()})
-        for block in blocks:
-            block.keep(kept)
-            block.passes = 0
-        return rest | {"blocks": [block.state_dict() for block in blocks], "counted": []}
-
-    def add_states(self, begin: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the state with what all of these have seen."""
-        blocks, _ = self._loaded(begin)
-        in_parts = any(begin["pieces"])
-        for state in others:
-            for into, block in zip(blocks, self._loaded(state)[0], strict=True):
-                steps = into.steps
-                block.keep(state["counted"] if in_parts else self._outputs(), sums=True)
-                into.merge(block)
-                into.steps = steps  # which all ranks have made together
-        return begin | {"blocks": [block.state_dict() for block in blocks]}
-
-    def continues(self, rest: dict[str, Any]) -> bool:
-        """Return whether this rank holds the parts of parameters that it held then."""
-        return bool(rest.get("pieces") == self._pieces())
-
-    def load_ranks(self, saved: RankStates) -> str:
-        """Continue from states that ranks have saved, and return what the open window lacks then; "" for nothing."""
-        begin, several = saved.alike, saved.place.ranks > 1
-        if begin is not None and not (saved.own is not None and self.continues(saved.own)):
-            check_same(begin, self._settings())
-            if begin["tied"] or (several and any([*begin["pieces"], *self._pieces()])):
-                nothing = self.empty_state(begin | {"pieces": ["all"]})
-                self.load_state_dict(nothing)
-                held = begin["tied"] or "parameters were in other parts"
-                return f"{saved.place} goes on from the states of {saved.ranks} ranks, where {held}"
-        return super().load_ranks(saved)
-
-    def merge(self, other: TensorStats | dict[str, Any]) -> None:
-        """Add the window of another TensorStats of the same places, or its state."""
-        blocks, steps = self._loaded(other.state_dict() if isinstance(other, TensorStats) else other)
-        for block in blocks:
-            self._open.merge(block)
-        self._steps_seen += steps
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy or a pickle has: as it is before it is bound, then the open window's numbers and nothing
@@ -550,12 +243,3 @@ class TensorStats(StandaloneMetric):
             return self.__dict__
         kept = {"every_steps": self.every_steps, "_window_blocks": self._window_blocks, "off": self.off}
         return kept | {"_numbers": self.finalize(), "_watched": None, "_model": None, "_engine": None}
-
-
-def _without_scale(gradient: Tensor, scale: Tensor | float | None) -> Tensor:
-    """Return a gradient without the factor that a GradScaler has put before the loss; in float32 where it has less,
-    which holds what float16 would round to 0."""
-    if scale is None:
-        return gradient
-    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    return wide / (scale.to(wide.device) if isinstance(scale, Tensor) else scale)

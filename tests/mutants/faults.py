@@ -611,14 +611,14 @@ MUTANTS = (
     ),
     Mutant(
         "gradients of several micro-batches add up twice",
-        "lipcore/tensor_stats/metric.py",
+        "lipcore/tensor_stats/sampled_steps.py",
         "if self._has_gradients:\n            for numbers",
         "if not self._has_gradients:\n            for numbers",
         ("tensor_stats/test_stats_metric.py::test_of_several_backward_passes_the_last_gradient_counts",),
     ),
     Mutant(
         "a skipped step counts",
-        "lipcore/tensor_stats/metric.py",
+        "lipcore/tensor_stats/sampled_steps.py",
         "self._skipped[-1] += 1\n        self._step.clear()",
         "self._skipped[-1] += 1",
         ("tensor_stats/test_stats_metric.py::test_a_scaler",),
