@@ -454,7 +454,7 @@ class LayerCapture:
             try:
                 self._look_at_one(run, arguments, output)
                 self._audit.after_forward(run, output)
-                if run.sums is None and self._adds_up and self.proofs.is_unknown(run):
+                if run.sums is None and self._adds_up and self.proofs.operations.is_unknown(run):
                     run.sums = GradientSums(self.coverage.measured(), passes.fail)
             except Exception as error:
                 passes.fail(error)
@@ -584,10 +584,10 @@ class LayerCapture:
                 self._differs = self._differs if found is None else found
                 self._added_up |= found == ""
                 if found == "":
-                    self.proofs.note_operations(run)
+                    self.proofs.operations.note(run)
             sums.remove()
         else:
-            self.proofs.note_operations(run)
+            self.proofs.operations.note(run)
         record.differs = self._differs
         record.unproved = self._differs or record.unproved
 
