@@ -122,7 +122,7 @@ class PerSampleGradDots(PerSampleMetric):
         self._check(self._references, layers)
         super().tapped(layers)
         if self._used is None:
-            self._used = UsedReferences(self._references.bits(), self._blocks)
+            self._used = UsedReferences(self._references.bits(), self._window.blocks)
 
     def _check(self, references: References, layers: TappedLayers) -> None:
         coverage = layers.coverage
@@ -146,19 +146,19 @@ class PerSampleGradDots(PerSampleMetric):
             self._check(references, self._capture)
         self._references = references
         if self._used is not None:
-            self._used.change(references.bits(), self._steps)
+            self._used.change(references.bits(), self._window.steps)
 
     def reset(self) -> None:
         """Start a new window."""
         super().reset()
         if self._used is not None:
-            self._used.reset(self._steps, waiting=bool(self._open_step))
+            self._used.reset(self._window.steps, waiting=bool(self._window.open_step))
 
     def advance(self) -> None:
         """Slide the window by a block."""
         super().advance()
         if self._used is not None:
-            self._used.advance(self._steps, waiting=bool(self._open_step))
+            self._used.advance(self._window.steps, waiting=bool(self._window.open_step))
 
     def _numbers_of(self, record: LayerRecord, factor: LossFactor) -> PassDots:
         return PassDots(record, factor, self._layer_index, self._references.columns, self._references.single)

@@ -193,13 +193,13 @@ class PerSampleGradNorms(PerSampleMetric):
 
     def _part_of(self, agreed: dict[str, Any], **found: Any) -> PerSamplePart:
         noise, off = None, None
-        if self._shared is not None:
+        if self._window.shared is not None:
             names = [name for name, *_ in self._held()]
-            noise, off = self._shared.part(names, self._steps)
+            noise, off = self._window.shared.part(names, self._window.steps)
         agreed |= {
             "estimated": [layer for layer, method in self._methods.items() if method == "estimate"],
             "steps": None if noise is None else noise.steps,
-            "averaged_over": [] if self._shared is None else list(self._shared.averaged),
+            "averaged_over": [] if self._window.shared is None else list(self._window.shared.averaged),
             "noise_scale": off,
         }
         return PerSamplePart(agreed, **found, noise=noise)
@@ -219,11 +219,11 @@ class PerSampleGradNorms(PerSampleMetric):
     def _single_sink(self, names: tuple[str, ...]) -> Sink | None:
         """Return where the compiled code may write the norms of these parameters' layers, when nothing else asks for
         them."""
-        if self._takes_ids or self._scaler is not None or not self._reduction.is_constant:
+        if self._next.ever or self._scaler is not None or not self._reduction.is_constant:
             return None
         index = [self._layer_index.number[self._layer_index.layer_of[name]] for name in names]
         factor = self._reduction.factor(1, None)
-        return None if factor is None else (index, self._window.cores, factor.number**2)
+        return None if factor is None else (index, self._window.distributions.cores, factor.number**2)
 
     # ---- the last micro-batch
 

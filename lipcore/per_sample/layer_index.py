@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.functional.ordered_sums import sum_by_index, sum_of_runs
 from lipcore.models.device_index import DeviceIndices
 from lipcore.models.names import unwrap
@@ -66,4 +67,18 @@ def tied_names(model: nn.Module | None, layer_of: Mapping[str, str]) -> dict[str
         if name != canonical and canonical in layer_of:
             found[name] = canonical
             found.setdefault(name.rpartition(".")[0], layer_of[canonical])
+    return found
+
+
+def layers_of_parameters(layers: TappedLayers) -> dict[str, str]:
+    """Return the layer of each measured parameter: the tapped one, or the module that has it where the graph measures
+    it."""
+    found: dict[str, str] = {}
+    for site in layers.sites:
+        for parameter in site.names.values():
+            found.setdefault(parameter, site.name)
+    owners = {name.rpartition(".")[0] for name, _ in layers.coverage.parameters()}
+    root = "(root)" if "model" in owners else "model"  # a child of this name has its own place
+    for parameter in layers.coverage.by_graph:
+        found.setdefault(parameter, parameter.rpartition(".")[0] or root)
     return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from lipcore.capture.layers.fused_linear import LEAST_TOKENS
 from lipcore.capture.layers.layer_site import LayerSite
+from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.functional.linear import METHODS, Method
+from lipcore.metric.protocol import PlanLine
 from lipcore.models.arguments import check_choice
 from lipcore.models.names import listed
 
@@ -55,3 +57,19 @@ def how(site: LayerSite, methods: Mapping[str, str], fused: bool) -> str:
             return f"inside the weight gradient from {LEAST_TOKENS} positions on{where}, else {ways}"
         return ways
     return f"by {site.rule.how}" if site.rule.how else ""
+
+
+def layer_lines(layers: TappedLayers, methods: Mapping[str, str]) -> Iterator[PlanLine]:
+    """Return the lines of plan() on layers and parameters: by which rule, in which way, or why not."""
+    coverage, by_graph = layers.coverage, layers.coverage.by_graph
+    covered = coverage.covered.keys() - by_graph.keys()
+    for site in layers.sites:
+        keys = [key for key, name in site.names.items() if name in covered]
+        way = how(site, methods, layers.fuses)
+        if keys:
+            yield PlanLine(site.name, f"{type(site.module).__name__}: {', '.join(keys)}" + (f", {way}" if way else ""))
+    for name, why in by_graph.items():
+        way = layers.graph.ways.get(name, "chosen at the first forward pass")
+        yield PlanLine(name, f"graph: {way}; by no rule, since {why}")
+    for name, why in coverage.uncovered.items():
+        yield PlanLine(name, f"not covered: {why}")

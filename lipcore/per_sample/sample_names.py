@@ -40,3 +40,35 @@ def checked_losses(losses: Any, ids: Tensor) -> Tensor:
     if len(losses) != len(ids):
         raise ValueError(f"losses: expected one per id, got {len(losses)} losses for {len(ids)} ids")
     return losses.detach().clone()
+
+
+class NamedSamples:
+    """The ids and the losses that were set for the next backward pass.
+
+    Attributes:
+        ever: ids have been set, at some time.
+    """
+
+    def __init__(self) -> None:
+        self.ever = False
+        self._ids: Tensor | None = None
+        self._losses: Tensor | None = None
+
+    def set_ids(self, ids: Any) -> bool:
+        """Set the ids, and no losses; return whether these are the first ones ever."""
+        self._ids, self._losses = checked_ids(ids), None
+        first, self.ever = not self.ever, True
+        return first
+
+    def set_losses(self, losses: Any) -> None:
+        """Set the losses of the samples whose ids were set."""
+        if self._ids is None:
+            raise ValueError(
+                "losses: there are no ids to keep them by; call set_ids(ids) before, in the same micro-batch"
+            )
+        self._losses = checked_losses(losses, self._ids)
+
+    def take(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the ids and the losses, and forget them."""
+        ids, losses, self._ids, self._losses = self._ids, self._losses, None, None
+        return ids, losses

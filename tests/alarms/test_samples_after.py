@@ -153,7 +153,7 @@ def test_a_metric_that_goes_on_elsewhere_keeps_nothing_of_where_it_was(tmp_path:
         del model, optimizer, metrics, monitor, alarms
     gc.collect()
     assert [one() for one in gone[:-1]] == [None, None]
-    assert len(norms._step_listeners) == 1
+    assert len(norms._window.listeners) == 1
 
 
 @pytest.mark.filterwarnings("ignore:the parameters moved after")

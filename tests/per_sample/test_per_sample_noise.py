@@ -321,7 +321,7 @@ def test_nothing_grows_without_steps_and_a_skipped_step_counts_what_it_drops() -
     with Monitor(model, metrics=[metric]) as monitor:
         for _ in range(2 * _MOST + 3):
             sum_loss(model(torch.randn(2, 5))).backward()
-            assert len(metric._open_step._waiting) < _MOST
+            assert len(metric._window.open_step._waiting) < _MOST
         metric.observe_skipped_step()
         assert monitor.compute() is None
         result = metric.compute()

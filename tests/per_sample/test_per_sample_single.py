@@ -127,7 +127,7 @@ def test_two_forward_passes_for_one_backward() -> None:
             assert metric._last is not None
             records.append(metric._last.per_sample)
 
-        metric._capture._on_record = keep  # type: ignore[union-attr]
+        metric._capture.tapped._on_record = keep  # type: ignore[union-attr]
         twice(model)
     assert len(records) == 2
     numbers = [float(r) for r in records]

@@ -121,7 +121,7 @@ def test_a_monitor_is_as_if_it_had_stopped_at_the_last_good_proof() -> None:
         assert not window[name].norm["total"].mean.valid
         assert "a later proof failed" in window[name].details["withdrawn"]
     assert metric.finalize().norm["total_of_measured"].mean.count == 0
-    averages = [m._noise.state_dict()["ema"] for m in (metric, before.metrics[name])]
+    averages = [m._window.noise.state_dict()["ema"] for m in (metric, before.metrics[name])]
     assert torch.equal(*averages)
 
 
@@ -157,7 +157,7 @@ def test_micro_batches_of_the_open_step_are_taken_back_too() -> None:
         with pytest.warns(UserWarning, match=TOOK_BACK):
             sum_loss(model(x(64))).backward()
         assert metric.finalize().norm["total_of_measured"].mean.count in (0, SIZE, 5 * SIZE)
-        assert not metric._open_step or metric._open_step.samples == SIZE
+        assert not metric._window.open_step or metric._window.open_step.samples == SIZE
 
 
 # ---- batches of one that are served from the gradients

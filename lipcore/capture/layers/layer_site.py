@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from lipcore.capture.graph.own_graph import OwnGraph
 from lipcore.capture.identity import InPlaceAfter, PassedOn
 from lipcore.capture.layers.compiled_uses import coded, used
 from lipcore.capture.layers.fused_linear import FusedLinear, can_fuse
+from lipcore.capture.layers.layer_call import LayerCall, call_of, expanded, saved_of, tensor_of, with_tensor
 from lipcore.capture.layers.layer_pass import DELTA, TURNS, LayerPass
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.other_outputs import watch, watch_probed, why_not
-from lipcore.capture.layers.packed import batch_of_call, check_rows
+from lipcore.capture.layers.packed import batch_of_call
 from lipcore.capture.layers.passes import Passes
 from lipcore.capture.layers.site_functions import Probed, Refused, Strayed, Tapped
 from lipcore.capture.own_nodes import counted
@@ -40,10 +41,7 @@ _PREPENDED = (
     "is attached or without prepend"
 )
 _COMPUTED = "is called with a tensor that is computed from its parameter (functional_call), whose gradient is another"
-_SAVED = (
-    "save() of its rule {0} is to return (tensors, extra), a tuple or list of tensors and anything else that factors() "
-    "needs, and has returned {1}; put what is no tensor into extra"
-)
+ROOT = "model"  #: what the model itself is called where it is a layer
 _numbers = itertools.count(1 << 40)  # apart from those of capture.site
 
 
@@ -124,13 +122,13 @@ class LayerSite:
             run.taps += self._from < 0  # others came later, by lipcore's own choice
             run.tapped[self.number].append("")
             if run.due:
-                shown = _tensor_of(output)
+                shown = tensor_of(output)
                 run.shapes[self.number].append(() if shown is None else tuple(shown.shape))
         if run is not None and not self._from <= run.number <= self._left_at:
             return None
         if not torch.is_grad_enabled():
             return None
-        tensor = _tensor_of(output)
+        tensor = tensor_of(output)
         if tensor is None or not tensor.requires_grad:
             return None
         if _precedes(module, self):
@@ -141,7 +139,7 @@ class LayerSite:
                 passes.unfollowed()
             if inner or _core.paused():
                 return None
-            return _with_tensor(output, Strayed.apply(tensor, self))  # type: ignore[no-untyped-call]
+            return with_tensor(output, Strayed.apply(tensor, self))  # type: ignore[no-untyped-call]
         refusal = ""
         try:
             refusal = self.rule.refuses(module)
@@ -151,7 +149,7 @@ class LayerSite:
                 raise ValueError(_COMPUTED)
             if hasattr(tensor, "placements"):
                 raise ValueError("a DTensor (tensor parallel) has no per-sample gradients on one rank")
-            call = self._prepared(module, arguments, keywords, tensor, run.batches)
+            call = self._call_of(module, arguments, keywords, tensor, run.batches)
         except Exception as error:
             if inner and self._left_at < math.inf:
                 return None  # as in the forward pass
@@ -175,11 +173,11 @@ class LayerSite:
         if not inner:
             run.tapped[self.number][-1] = "fused" if fuses else "passed on"
         if fuses:
-            return _with_tensor(output, self._fuse(module, call, run, inner))
+            return with_tensor(output, self._fuse(module, call, run, inner))
         tapped = Tapped.apply(call.output, self, run, call.extra, inner, *call.saved)  # type: ignore[no-untyped-call]
-        return _with_tensor(output, tapped)
+        return with_tensor(output, tapped)
 
-    def _fuse(self, module: Any, call: _Call, run: LayerPass | None, inner: bool) -> Tensor:
+    def _fuse(self, module: Any, call: LayerCall, run: LayerPass | None, inner: bool) -> Tensor:
         bias = module.bias if isinstance(module.bias, Tensor) else None
         fused: Tensor = FusedLinear.apply(
             *(call.arguments[0], module.weight, bias, call.output.detach(), self, run, inner)
@@ -189,17 +187,17 @@ class LayerSite:
     def _alike(self, own: AnotherSize, module: nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
         """Return the output of a call in a pass of lipcore's own, tapped as the same call of the last pass was:
         in-place operations that follow make other nodes behind a view."""
-        made, last, tensor = own.calls[self.number], self._passes.last, _tensor_of(output)
+        made, last, tensor = own.calls[self.number], self._passes.last, tensor_of(output)
         own.shapes[self.number].append(() if tensor is None else tuple(tensor.shape))
         own.calls[self.number] += 1
         how = "" if last is None else next(iter(last.tapped.get(self.number, [])[made : made + 1]), "")
         if not how or tensor is None or self.broadcast:
             return None
         if how != "fused":
-            return _with_tensor(output, PassedOn.apply(tensor, self.in_place_after))  # type: ignore[no-untyped-call]
+            return with_tensor(output, PassedOn.apply(tensor, self.in_place_after))  # type: ignore[no-untyped-call]
         with suppress(ValueError):
-            call = self._prepared(module, arguments, keywords, tensor, [own.batch])
-            return _with_tensor(output, self._fuse(module, call, None, False))
+            call = self._call_of(module, arguments, keywords, tensor, [own.batch])
+            return with_tensor(output, self._fuse(module, call, None, False))
         return None
 
     def tap_from_now(self) -> None:
@@ -216,32 +214,10 @@ class LayerSite:
         """True where calls that do not fit the rule go to the graph; not where the user has said how it is called."""
         return self._passes.graph_serves and not self.broadcast and not self.has_own_rule
 
-    def _prepared(
+    def _call_of(
         self, module: nn.Module, arguments: Any, keywords: Any, output: Tensor, batches: list[Batch]
-    ) -> _Call:
-        """Return a layer's call as a call with the first of these batches that its shapes fit."""
-        *others, last = batches
-        for batch in others:
-            with suppress(ValueError):
-                return self._prepared(module, arguments, keywords, output, [batch])
-        if self.broadcast:
-            last, arguments, output = self._expanded(last, arguments, output)
-        last = batch_of_call(last, output, self.rule.feature_dims(module))
-        saved, extra = self._saved(module, arguments, keywords, last)
-        if last.offsets is not None:
-            check_rows(output, self.rule.feature_dims(module), last.offsets)
-        return _Call(last, arguments, output, saved, extra)
-
-    def _saved(self, module: nn.Module, arguments: Any, keywords: Any, batch: Batch) -> tuple[list[Tensor], Any]:
-        returned = self.rule.save(module, arguments, keywords, batch)
-        wrong = _not_saved(returned)
-        if wrong:
-            raise TypeError(_SAVED.format(type(self.rule).__name__, wrong))
-        saved, extra = returned
-        if any(tensor.layout != torch.strided for tensor in saved):
-            raise ValueError("is called with a sparse tensor")
-        # No edges of the graph: a saved parameter would seem to be used once more.
-        return [t.detach() for t in saved], extra
+    ) -> LayerCall:
+        return call_of(self.rule, module, arguments, keywords, output, batches, broadcast=self.broadcast)
 
     def _other_output_used(self, run: LayerPass) -> None:
         if not self._passes.recording or is_proof() or not accumulates_everything():
@@ -253,25 +229,6 @@ class LayerSite:
             run.spoiled = f"{error}; the next passes are measured from the autograd graph"
         else:
             self._passes.fail(error)
-
-    def _expanded(
-        self, batch: Batch, arguments: tuple[Any, ...], output: Tensor
-    ) -> tuple[Batch, tuple[Any, ...], Tensor]:
-        """Return batch, arguments and output as they would be with the batch dimension, for a layer that is called
-        without it (positions). The values stay the same and, by the very sum over the batch that broadcasting makes, so
-        do the gradients."""
-        first = arguments[0]
-        positions = first.dim() - first.is_floating_point()  # dimensions that are no features
-        if positions > 1 and first.shape[0] == batch.size > 1:
-            raise ValueError(
-                f"broadcast: names this layer, which is called on shape {list(first.shape)}, with the batch dimension; "
-                "leave it out of broadcast="
-            )
-        shape = (batch.size, *first.shape) if first.shape[0] != 1 else (batch.size, *first.shape[1:])
-        alone = first.shape[0] == 1
-        if output.dim() == positions + 1 and not (alone and output.shape[0] == batch.size):  # not by another metric
-            output = output.expand((batch.size, *output.shape[alone:]))
-        return Batch(batch.size), (first.expand(shape), *arguments[1:]), output
 
     def came_back(self, run: LayerPass, grad: Tensor, extra: Any, inner: bool, saved: tuple[Tensor, ...]) -> None:
         """Take in the gradient at the layer's output. This runs in the backward pass, in which nothing may be
@@ -360,12 +317,12 @@ class LayerSite:
 
     def _trace(self, module: nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
         probe = armed.get(self.number)
-        tensor = _tensor_of(output)
+        tensor = tensor_of(output)
         if probe is None or tensor is None:
             return None
         batch = Batch(probe.shape[1], self._batch_dim)
         if self.broadcast:
-            batch, arguments, tensor = self._expanded(batch, arguments, tensor)
+            batch, arguments, tensor = expanded(batch, arguments, tensor)
         elif self._passes.as_long_as_large and _may_be_positions(arguments):
             raise ValueError(
                 f"module '{self.name}' ({type(module).__name__}): is called on shape {list(arguments[0].shape)}, "
@@ -373,15 +330,15 @@ class LayerSite:
                 "inside torch.compile; name the layer in broadcast= if they are positions, or use another batch size"
             )
         try:
-            saved, extra = self._saved(module, arguments, keywords, batch)
+            saved, extra = saved_of(self.rule, module, arguments, keywords, batch)
         except ValueError:  # raised, it would end the user's forward pass; what is said in it is not known here
-            return _with_tensor(output, Refused.apply(tensor, probe, self))  # type: ignore[no-untyped-call]
+            return with_tensor(output, Refused.apply(tensor, probe, self))  # type: ignore[no-untyped-call]
         code = coded(extra)
         if code is None:  # a layer of a rule of the user's own, which can be called once
             probed = Probed.apply(tensor, probe, self, extra, *saved)  # type: ignore[no-untyped-call]
         else:
             probed = used(tensor, probe, self.key, code, *saved)
-        return watch_probed(_with_tensor(output, probed), probe)
+        return watch_probed(with_tensor(output, probed), probe)
 
     def reduce(self, grad: Tensor, extra: Any, saved: tuple[Tensor, ...], samples: int) -> Tensor:
         """Return the gradient of a compiled region's probe, where one call brings it: float64 [columns, B]."""
@@ -405,16 +362,6 @@ class LayerSite:
         except Exception as error:
             self._passes.fail(_named(error, self))
             return {}, {}
-
-
-class _Call(NamedTuple):
-    """One call of a tapped layer: its batch, arguments, output and what its rule saved."""
-
-    batch: Batch
-    arguments: tuple[Any, ...]
-    output: Tensor
-    saved: list[Tensor]
-    extra: Any
 
 
 class _InertHook:
@@ -447,27 +394,6 @@ def _may_be_positions(arguments: tuple[Any, ...]) -> bool:
     return isinstance(first, Tensor) and not first.is_floating_point() and first.dim() == 1
 
 
-def _tensor_of(output: Any) -> Tensor | None:
-    if isinstance(output, tuple) and output:
-        output = output[0]
-    return output if isinstance(output, Tensor) else None
-
-
-def _with_tensor(output: Any, tensor: Tensor) -> Any:
-    return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
-
-
 def _named(error: Exception, site: LayerSite) -> Exception:
     text = f"module '{site.name}' ({type(site.module).__name__}): {error}"
     return type(error)(text) if isinstance(error, (ValueError, TypeError)) else RuntimeError(text)
-
-
-def _not_saved(returned: Any) -> str:
-    """Say what a rule's save() has returned in place of (tensors, extra); "" where it has returned that."""
-    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
-        return type(returned).__name__ + (f" of {len(returned)}" if isinstance(returned, (tuple, list)) else "")
-    tensors = returned[0]
-    if not isinstance(tensors, (tuple, list)):
-        return f"{type(tensors).__name__} in the place of the tensors"
-    wrong = next((type(each).__name__ for each in tensors if not isinstance(each, Tensor)), "")
-    return wrong and f"{wrong} among the tensors"

@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from lipcore.capture.graph.orders import OTHER, OTHER_REGIONS, WRITES, Orders, order_of
+from lipcore.capture.graph.orders import WRITES, Orders
 from lipcore.capture.layers.asked_proof import AskedProof
 from lipcore.capture.layers.batch_places import BatchPlaces, Seen, misplaced
+from lipcore.capture.layers.findings import Findings, done_of
 from lipcore.capture.layers.layer_pass import LayerPass
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.pass_graph import Graph
 from lipcore.capture.layers.past_output import past_output
 from lipcore.capture.layers.proof_output import ProofOutput
 from lipcore.capture.layers.proof_schedule import ProofSchedule
-from lipcore.capture.layers.sample_proof import Verdict, unseen_rows, verdict
+from lipcore.capture.layers.proved_operations import ProvedOperations, kinds_of_nodes
+from lipcore.capture.layers.sample_proof import Verdict, verdict
 from lipcore.capture.output_places import OutputPlaces, is_clear
 from lipcore.capture.own_nodes import gradients_begun, nodes_of_others
-from lipcore.capture.proof import is_proof
 from lipcore.capture.proof_ranks import Ranks
 from lipcore.capture.sample_ids import SampleIds
 from lipcore.capture.seeds import Begins, Seeds, seeds_of
-from lipcore.capture.training_pass import accumulates_everything
-from lipcore.capture.zero_mixing import BY_ZERO
 from lipcore.models.copies import Before
 from lipcore.models.gathered import is_spread, nothing_reduced
 from lipcore.models.memory import free_bytes
 from lipcore.models.named_output import OutputChoice
-from lipcore.models.outputs import nodes_of, on_backward, tensors_of
+from lipcore.models.outputs import on_backward, tensors_of
 from lipcore.models.ranks import EXCHANGES, Communicates, under_process_group, without_communication
 from lipcore.models.restored import all_put_back
 
@@ -46,8 +44,6 @@ NOT_RUN_OUTPUT = (
 NOT_ASKED = "prove=False was passed"
 _NOT_YET = "no batch of {0} samples was proved yet"
 _FAILED = "its graph allows no other backward pass ({0})"
-_OPEN = "the numbers of the pass that was to be proved are not finite"
-NO_GRADIENTS = "the model's outputs bring no gradient to any layer"
 _MEMORY = "another backward pass needs about {0} MB, and {1} MB are free"
 _NOT_RUN = "statistics over the batch that the model may detach were not looked for: {0}"
 _OTHERS_OPEN = "on another rank the pass left something open before"
@@ -60,35 +56,6 @@ _WRAPPERS = ("FullyShardedDataParallel",)  # whose hooks expect one backward pas
 _PAST = (
     "the loss reaches layer '{0}' past the output that proofs begin at (output=); name the one by which all of it comes"
 )
-
-
-_Done = tuple[tuple[int, ...], int, int]  # shape of the input, nodes, calls of tapped layers
-
-
-@dataclass
-class _Known:
-    """Findings of earlier proofs about passes with one number of dimensions and samples."""
-
-    reason: str = _OPEN
-    by_zero: bool = False  # samples were mixed by factors of 0
-    past: str = ""  # the loss came past the output that was proved
-    seen: dict[str, Tensor] = field(default_factory=dict)
-    unseen: dict[str, Tensor] = field(default_factory=dict)
-    unreached: dict[str, set[str]] = field(default_factory=dict)
-    met: set[str] = field(default_factory=set)  # layers that were called in a proof, and that no gradient came to
-    left_out: dict[str, int] = field(default_factory=dict)  # of these, the numbers of layers that were not called
-    ids: dict[str, list[SampleIds]] = field(default_factory=dict)
-    together: set[_Done] = field(default_factory=set)  # of passes that all ranks have looked at together, to no find
-
-    def add(self, found: Mapping[str, list[SampleIds]]) -> None:
-        """Take in whose rows a further proof has found; where a layer's calls are others than before, they count."""
-        for layer, calls in found.items():
-            known = self.ids.get(layer, [])
-            if len(known) != len(calls):
-                self.ids[layer] = calls
-                continue
-            for mine, theirs in zip(known, calls, strict=True):
-                mine.add(theirs)
 
 
 class Disproved(ValueError):
@@ -105,6 +72,7 @@ class Proofs:
         bytes: the memory that the last proof took beside what the pass itself keeps, roughly.
         sharded: parameters of the model are spread over ranks.
         orders: of the samples, in passes that were proved.
+        operations: of these passes.
         asked: the user's prove() whose pass is under way, on all ranks; None in the training's.
     """
 
@@ -129,11 +97,9 @@ class Proofs:
         self._refused = next((type(m).__name__ for m in model.modules() if type(m).__name__ in _WRAPPERS), "")
         self._schedule = ProofSchedule()
         self._begun: tuple[int, int] | None = None  # the kind of a pass that is to be proved, until it has ended
-        self._known: dict[tuple[int, int], _Known] = {}
+        self._known: dict[tuple[int, int], Findings] = {}
         self.orders = orders or Orders()
-        # By shape of the input, of passes that were proved: nodes, and calls of tapped layers; apart where another
-        # metric has begun gradients, which add to the nodes.
-        self._operations: dict[tuple[int, ...], dict[int, set[tuple[int, int]]]] = {}
+        self.operations = ProvedOperations(self.orders, self._schedule, sharded=self.sharded)
         self._ranks = Ranks(model) if self.sharded and prove and under_process_group() else None
         if self._ranks is not None:
             self._ranks.announce(1)
@@ -187,7 +153,7 @@ class Proofs:
             if self._ranks is not None:
                 self.miss()
                 raise
-            known = self._known.setdefault(run.kind, _Known())
+            known = self._known.setdefault(run.kind, Findings())
             known.reason = _FAILED.format(f"{type(error).__name__}: {str(error)[:200]}")
 
     def ask(self) -> AskedProof:
@@ -220,11 +186,11 @@ class Proofs:
         before, run.before = run.before, None
         self._begun = None
         compiled = run.nodes < 0
-        run.nodes = _kinds_of_nodes(output) if compiled else nodes_of_others() - run.nodes
+        run.nodes = kinds_of_nodes(output) if compiled else nodes_of_others() - run.nodes
         run.begun = gradients_begun() - run.begun
         wrong: dict[str, str] = {}
         if before is not None:
-            known = self._known.setdefault(run.kind, _Known())
+            known = self._known.setdefault(run.kind, Findings())
             chosen = self._output.of(output)
             try:
                 wrong = self._prove(run, chosen, before, known)
@@ -238,7 +204,8 @@ class Proofs:
             if found is not None:
                 run.unseen, run.unreached, run.left_out = found.unseen, found.unreached, found.left_out
                 left_out = any(run.tapped.get(number) for number in found.left_out.values())  # has a reason of its own
-                other = self._does_other(run, output, proved=before is not None, compiled=compiled)
+                proved = before is not None
+                other = self.operations.other(run, output, proved=proved, compiled=compiled, by_zero=found.by_zero)
                 if before is None and other and not (left_out or run.unproved):
                     run.unproved = other
                 if before is None and (other or left_out) and other != WRITES:
@@ -250,53 +217,12 @@ class Proofs:
         """True where batches of several samples were proved, and so that the first tensor has them."""
         return any(size > 1 and not known.reason for (_, size), known in self._known.items())
 
-    def is_unknown(self, run: LayerPass) -> bool:
-        """Return whether a pass of one sample does what those before did not whose input had its shape: its sums show
-        all that is to be shown."""
-        done, known = (run.nodes, run.taps), self._operations.get(run.shape, {}).get(run.begun)
-        return run.batch.size == 1 and known is not None and done not in known
-
-    def _does_other(self, run: LayerPass, output: Any, *, proved: bool, compiled: bool) -> str:
-        """Return what a pass may do that none has done which was proved, or "" where there is nothing."""
-        if run.kind is None:
-            return ""
-        orders, samples = self.orders, run.batch.size
-        if proved:
-            orders.look(output, samples)
-        run.order = order_of(output, samples) if orders.chosen else None
-        if proved:
-            return ""
-        done, known = (run.nodes, run.taps), self._operations.get(run.shape)
-        if known is not None and run.begun not in known:
-            self._schedule.ask_soon(run.kind)
-        # A proof that was asked for has no other metric's gradients, and brings no other one of a sharded model.
-        others = set[tuple[int, int]]().union(*known.values()) if known and self.sharded else {done}
-        if known is not None and done not in known.get(run.begun, others):
-            return OTHER_REGIONS if compiled else OTHER
-        if run.order is not None:
-            news = orders.news((*run.kind, run.begun), run.order, shape_is_known=known is not None)
-            if news:
-                return news
-        if self._known[run.kind].by_zero:
-            return BY_ZERO
-        return WRITES if orders.writes else ""
-
     def ask_soon(self, run: LayerPass) -> None:
         """Have one of the next passes proved that are like this one: it had what no proof has seen."""
         if run.kind is not None and self._wanted:
             self._schedule.ask_soon(run.kind)
 
-    def note_operations(self, run: LayerPass) -> None:
-        """Note how many graph nodes the forward pass of a proved pass has made, the sums of whose samples' gradients
-        were right too, how many calls of layers it had, and the order of its samples. A pass whose input has the same
-        shape and that has other numbers does something else."""
-        if not run.proved and run.batch.size > 1:
-            return
-        self._operations.setdefault(run.shape, {}).setdefault(run.begun, set()).add((run.nodes, run.taps))
-        if run.order is not None and run.kind is not None:
-            self.orders.add((*run.kind, run.begun), run.order)
-
-    def _prove(self, run: LayerPass, output: Any, before: Before, known: _Known) -> dict[str, str]:
+    def _prove(self, run: LayerPass, output: Any, before: Before, known: Findings) -> dict[str, str]:
         if run.batch.size < 2 and not self.sharded:  # whose passes run on every rank
             return {}
         seen = None if is_clear(output, run.batch) else self._places.look(run, output)
@@ -324,22 +250,8 @@ class Proofs:
             return {}
         if found.open and run.kind is not None:
             self._schedule.ask_again(run.kind)
-        known.by_zero |= found.by_zero
-        known.add(found.ids)
-        for layer, rows in found.seen.items():
-            known.seen[layer] = known.seen.get(layer, rows) | rows
         # What is measured from the autograd graph is proved there.
-        others = self._graph and (not graph.tapped or bool(found.wrong))
-        if found.reason or not (others or any(bool(rows.any()) for rows in found.seen.values())):
-            known.reason = found.reason or (_OPEN if found.open else NO_GRADIENTS)
-        else:
-            known.reason = ""
-        known.unseen = {} if known.reason else unseen_rows(self._sites, known.seen)
-        unreached = [site for site in self._sites if site.name in found.unreached and site.name not in known.seen]
-        called = {site.name for site in unreached if run.tapped.get(site.number) or site.number in run.probes}
-        known.left_out = {s.name: s.number for s in unreached if s.name not in called | known.met}
-        known.met |= called
-        known.unreached = {site.name: set(site.names.values()) for site in unreached}
+        known.take(run, found, self._sites, others=self._graph and (not graph.tapped or bool(found.wrong)))
         if found.wrong and found.entered:
             run.suspects.append((found.entered, found.wrong))
         elif found.wrong and not (self._skip or self._graph):
@@ -353,11 +265,11 @@ class Proofs:
         run.proved = not (known.reason or (found.wrong and not found.entered))
         return {} if found.entered else found.wrong
 
-    def _watch_past(self, run: LayerPass, returned: Any, output: Any, known: _Known) -> None:
+    def _watch_past(self, run: LayerPass, returned: Any, output: Any, known: Findings) -> None:
         """Notice when a gradient comes to a layer past the output that was proved."""
         known.past = ""
         for tensor, layer in past_output(run, returned, output, self._sites):
-            on_backward(tensor, functools.partial(_came_past, run, known, _PAST.format(layer.name)))
+            on_backward(tensor, functools.partial(known.came_past, run, _PAST.format(layer.name)))
 
     def _weighed(self, run: LayerPass, output: Any, seeds: Seeds, graph: Graph, kept: int) -> Verdict:
         reason = graph.refused
@@ -395,7 +307,7 @@ class Proofs:
         together = self._ranks.settle(self._proof, "" if reason else passes)
         return reason if together else reason or _OTHER_PASSES
 
-    def _look_at_copies(self, run: LayerPass, output: Any, seeds: Seeds, before: Before, known: _Known) -> None:
+    def _look_at_copies(self, run: LayerPass, output: Any, seeds: Seeds, before: Before, known: Findings) -> None:
         if known.reason:
             return
         if run.batch.offsets is not None:
@@ -412,7 +324,7 @@ class Proofs:
         if self.asked is not None and self.sharded:  # the pass has to be over on all ranks before another one begins
             self.asked.later = functools.partial(self._look_together, run, output, rows, before, known)
             return
-        if self.sharded and _done(run) in known.together:
+        if self.sharded and done_of(run) in known.together:
             return
         why, wrong = before.difference(output, rows, self._run_again)
         if why and not wrong:
@@ -431,13 +343,13 @@ class Proofs:
         output: Any,
         rows: Sequence[tuple[int, int, Tensor]],
         before: Before,
-        known: _Known,
+        known: Findings,
         together: bool,
     ) -> str:
         why, wrong = before.difference(output, rows, self._run_again) if together else (_OTHERS_OPEN, [])
-        known.together.discard(_done(run))
+        known.together.discard(done_of(run))
         if not why:
-            known.together.add(_done(run))
+            known.together.add(done_of(run))
             known.reason = ""
             self._note_asked(run)
             return ""
@@ -458,7 +370,7 @@ class Proofs:
     def _note_asked(self, run: LayerPass) -> None:
         """Note that following passes are like one that was asked for, or do something else."""
         if run.proved:
-            self.note_operations(run)
+            self.operations.note(run)
 
     def _run_again(self, call: Callable[[], Any]) -> Any:
         self._output.listen()
@@ -481,21 +393,5 @@ class Proofs:
         return f"not proved: {'; '.join(reasons)}" if reasons else when + took
 
 
-def _done(run: LayerPass) -> _Done:
-    return run.shape, run.nodes, run.taps
-
-
 def _places(seen: Seen | None) -> OutputPlaces | None:
     return None if seen is None else seen.places
-
-
-def _kinds_of_nodes(output: Any) -> int:
-    """Return a number that is the same for two passes of a compiled model that ran the same compiled regions: each has
-    a type of nodes of its own."""
-    return abs(hash(tuple([type(node) for node in nodes_of(output)])))
-
-
-def _came_past(run: LayerPass, known: _Known, why: str, gradients: Any) -> None:
-    if not is_proof() and accumulates_everything():
-        known.past = why
-        run.unproved = run.unproved or why
