@@ -35,7 +35,7 @@ _NOT_PROVED = (
 
 
 class ShardedInput:
-    """What an input tap does in a sharded model.
+    """Part of an input tap that is at work in a sharded model.
 
     Args:
         model: what the loop calls.
