@@ -26,6 +26,7 @@ from lipcore.alarms.signals import checked_signals
 from lipcore.alarms.snapshot import Snapshot
 from lipcore.alarms.unexplained import SIGNAL, UnexplainedMovement
 from lipcore.alarms.waiting import StepNumbers, Waiting
+from lipcore.metric.columns import Where
 from lipcore.metric.show import LINES, Showable, Shown, shortened
 from lipcore.models.arguments import check_count
 from lipcore.trajectory.step_stream import StepArrays
@@ -334,7 +335,8 @@ class Alarms(Showable):
             if self._unexplained is not None and SIGNAL in one.norms:
                 scores = one.norms[SIGNAL][layout.single]
                 self._tell(self._unexplained.step(one.step, scores, layout.names, self._turns()))
-            self._tell(self._score(one, layout))
+            if layout.columns.signals:
+                self._tell(self._score(one, layout))
             if QUANTITY in one.norms:
                 self._look_at_light(one.step, float(one.norms[QUANTITY][layout.total][0]))
 
@@ -356,7 +358,7 @@ class Alarms(Showable):
         logs = self._logarithms(one, layout.groups, self._columns)
         return self._detector.step(one.step, logs, self._log_rate(one))
 
-    def _logarithms(self, one: StepNumbers, groups: NDArray[np.intp], columns: Columns) -> NDArray[np.float64]:
+    def _logarithms(self, one: StepNumbers, groups: Where, columns: Columns) -> NDArray[np.float64]:
         logs = np.full(len(columns.signals), np.nan)
         if one.loss is not None and one.loss > 0 and "loss" in self.signals:
             logs[columns.where("loss")] = math.log(one.loss) if math.isfinite(one.loss) else math.nan
