@@ -5,7 +5,7 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'BackwardHook', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'GradientList', 'LEDGER_COLUMNS', 'Ledger', 'OBSERVED_COLUMNS', 'OBSERVE_RATIOS', 'OBSERVE_ROOTS', 'OBSERVE_VALUES', 'SERVED', 'SINGLE_ADDED', 'SINGLE_CALLS', 'SINGLE_ELSEWHERE', 'SINGLE_GRAPH', 'SINGLE_STOPPED', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TENSOR_BINS', 'TENSOR_STATS', 'TrajectoryPlan', 'UPDATE_SQUARES', 'accumulates_everything', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'conv_uses_gram', 'cuda_built', 'cuda_device_count', 'cuda_multiplies_16_bit', 'cuda_trouble', 'cuda_trouble_on', 'cuda_versions', 'describe_distributions', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'is_plain_run', 'is_training_forward', 'isa', 'linear_gram_lengths', 'linear_norms', 'linear_suits_one_pass', 'linear_suits_pairs', 'linear_suits_torch', 'linear_uses_gram', 'linear_weight_grad', 'merge_tensor_stats', 'noise_steps', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_roots', 'observe_rows', 'observe_squares', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'recent_quantiles', 'register_passes', 'register_torch', 'reset_distributions', 'row_sum_norms', 'sample_norms', 'sketch', 'square_sums', 'step_norms', 'tensor_bin_low', 'tensor_stats', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'BackwardHook', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'GradientList', 'LEDGER_COLUMNS', 'Ledger', 'MovementCheck', 'OBSERVED_COLUMNS', 'OBSERVE_RATIOS', 'OBSERVE_ROOTS', 'OBSERVE_VALUES', 'SERVED', 'SINGLE_ADDED', 'SINGLE_CALLS', 'SINGLE_ELSEWHERE', 'SINGLE_GRAPH', 'SINGLE_STOPPED', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TENSOR_BINS', 'TENSOR_STATS', 'TrajectoryPlan', 'UPDATE_SQUARES', 'accumulates_everything', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'conv_uses_gram', 'cuda_built', 'cuda_device_count', 'cuda_multiplies_16_bit', 'cuda_trouble', 'cuda_trouble_on', 'cuda_versions', 'describe_distributions', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'is_plain_run', 'is_training_forward', 'isa', 'linear_gram_lengths', 'linear_norms', 'linear_suits_one_pass', 'linear_suits_pairs', 'linear_suits_torch', 'linear_uses_gram', 'linear_weight_grad', 'merge_tensor_stats', 'noise_steps', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_roots', 'observe_rows', 'observe_squares', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'recent_quantiles', 'register_passes', 'register_torch', 'reset_distributions', 'row_sum_norms', 'sample_norms', 'sketch', 'square_sums', 'step_norms', 'step_quotients', 'tensor_bin_low', 'tensor_stats', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
 class BackwardHook:
     """
     Calls once per backward pass.
@@ -72,13 +72,23 @@ class Ledger:
         ...
     def observe(self, sums: typing.Any) -> None:
         ...
+class MovementCheck:
+    """
+    What optimizers did in a step, for a plan to compare with.
+    """
+    def __init__(self, recent: typing.Any, places: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], units_sq: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex]) -> None:
+        ...
+    def drop(self) -> None:
+        ...
+    def take(self, params: typing.Any, first: typing.Any, second: typing.Any, rules: typing.Any, previous: typing.Any) -> None:
+        ...
 class TrajectoryPlan:
     """
     Parameters, their copies and the ledger of their movement.
     """
     def __init__(self, entries: collections.abc.Sequence[tuple], ledger: Ledger) -> None:
         ...
-    def step(self) -> bool:
+    def step(self, check: MovementCheck | None = None) -> bool:
         ...
     @property
     def block(self) -> int:
@@ -270,6 +280,8 @@ def sketch(tensors: typing.Any, first_index: collections.abc.Sequence[typing.Sup
 def square_sums(tensors: typing.Any, out: typing.Any) -> None:
     ...
 def step_norms(recent: typing.Any, begin: typing.SupportsInt | typing.SupportsIndex, end: typing.SupportsInt | typing.SupportsIndex, first: typing.Any, second: typing.Any) -> None:
+    ...
+def step_quotients(recent: typing.Any, begin: typing.SupportsInt | typing.SupportsIndex, end: typing.SupportsInt | typing.SupportsIndex, group_of: typing.Any, groups: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
     ...
 def tensor_bin_low(bin: typing.SupportsInt | typing.SupportsIndex) -> float:
     ...

@@ -1,4 +1,5 @@
 // How parameters move: steps, their ledger, sketches, and the rules of optimizers.
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <string>
@@ -17,6 +18,7 @@
 #include "python/tensor_text.h"
 #include "trajectory/gradient_list.h"
 #include "trajectory/ledger.h"
+#include "trajectory/movement_check.h"
 #include "trajectory/sketch_plan.h"
 #include "trajectory/trajectory_plan.h"
 
@@ -88,8 +90,8 @@ PyObject** optional_objects(py::handle list, const char* name, Py_ssize_t n) {
   return list.is_none() ? nullptr : objects_of(list, name, "tensors", n);
 }
 
-void update_sums_of(py::handle params, py::handle first, py::handle second, py::handle rules, py::handle rows,
-                    py::handle squares, py::handle gradients, py::handle previous) {
+std::vector<UpdateItem> update_items_of(py::handle params, py::handle first, py::handle second, py::handle rules,
+                                        py::handle gradients, py::handle previous) {
   const std::vector<TensorView> views = views_of(params, "params");
   const auto n = static_cast<Py_ssize_t>(views.size());
   PyObject** firsts = objects_of(first, "first", "tensors", n);
@@ -108,7 +110,32 @@ void update_sums_of(py::handle params, py::handle first, py::handle second, py::
     item.has_gradient = grads && item.adaptive && view_or_none(grads[i], "gradients", i, false, &item.gradient);
     item.has_previous = before && view_or_none(before[i], "previous", i, false, &item.previous);
   }
+  return items;
+}
+
+void update_sums_of(py::handle params, py::handle first, py::handle second, py::handle rules, py::handle rows,
+                    py::handle squares, py::handle gradients, py::handle previous) {
+  const std::vector<UpdateItem> items = update_items_of(params, first, second, rules, gradients, previous);
   check(update_sums(items, view_of(rows, "rows", Access::kWrite), view_of(squares, "squares", Access::kWrite)));
+}
+
+std::unique_ptr<MovementCheck> make_movement_check(py::handle recent, std::vector<int64_t> places,
+                                                   std::vector<double> units_sq) {
+  auto made = std::make_unique<MovementCheck>();
+  check(made->open(recent.ptr(), std::move(places), std::move(units_sq)));
+  return made;
+}
+
+// The tensors themselves are held, not the lists, which their owner may change.
+void take_movement(MovementCheck& into, py::handle params, py::handle first, py::handle second, py::handle rules,
+                   py::handle previous) {
+  into.drop();
+  std::vector<UpdateItem> items = update_items_of(params, first, second, rules, py::none(), previous);
+  std::vector<PyObject*> holders;
+  for (const py::handle list : {params, first, second, previous})
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list.ptr()); ++i)
+      holders.push_back(PySequence_Fast_GET_ITEM(list.ptr(), i));
+  check(into.take(std::move(items), holders));
 }
 
 void observe_squares_of(py::handle squares, py::handle table) {
@@ -257,6 +284,45 @@ void step_norms(py::handle recent, int64_t begin, int64_t end, py::handle first,
   }
 }
 
+// Steps [begin, end) of a ring on the CPU of numerators and denominators, [ring, tensors, 2]: out[t, j] is the root of
+// the quotient of tensor j, then of the sums over each group, then over all. What is not finite is in no sum; NaN where
+// nothing is.
+void step_quotients(py::handle recent, int64_t begin, int64_t end, py::handle group_of, int64_t groups,
+                    py::handle out) {
+  const TensorView ring = view_of(recent, "recent"), found = view_of(out, "out", Access::kWrite);
+  const TensorView group = integers_of(group_of, "group_of");
+  if (ring.dtype != DType::kFloat64 || ring.ndim != 3 || !ring.on_cpu() || ring.shape[2] != 2 || !ring.is_dense() ||
+      begin < 0 || end < begin || end - begin > ring.shape[0] || group.numel != ring.shape[1] || !group.on_cpu())
+    throw py::value_error("recent: expected a float64 CPU tensor [ring, tensors, 2] with steps " +
+                          std::to_string(begin) + " to " + std::to_string(end) +
+                          " and as many numbers of groups, got " + ShapeText(ring).text);
+  const int64_t tensors = ring.shape[1], columns = tensors + groups + 1;
+  if (found.dtype != DType::kFloat64 || found.ndim != 2 || !found.on_cpu() || found.shape[0] != end - begin ||
+      found.shape[1] != columns || groups < 0)
+    throw py::value_error("out: expected a float64 CPU tensor [" + std::to_string(end - begin) + ", " +
+                          std::to_string(columns) + "], got " + ShapeText(found).text);
+  const auto* places = static_cast<const int64_t*>(group.data);
+  for (int64_t j = 0; j < tensors; ++j)
+    if (places[j] < 0 || places[j] >= groups) check(fail({"group_of", j}, "is not one of the groups"));
+  struct Pair {
+    double above, below;
+  };
+  std::vector<Pair> sums(static_cast<size_t>(groups) + 1);
+  for (int64_t t = begin; t < end; ++t) {
+    const auto* pairs = static_cast<const Pair*>(ring.data) + t % ring.shape[0] * tensors;
+    double* row = static_cast<double*>(found.data) + (t - begin) * columns;
+    std::fill(sums.begin(), sums.end(), Pair{0, 0});
+    for (int64_t j = 0; j < tensors; ++j) {
+      const bool finite = std::isfinite(pairs[j].above) && std::isfinite(pairs[j].below);
+      row[j] = finite ? std::sqrt(pairs[j].above / pairs[j].below) : std::nan("");
+      for (Pair* sum : {&sums[static_cast<size_t>(places[j])], &sums.back()})
+        if (finite) sum->above += pairs[j].above, sum->below += pairs[j].below;
+    }
+    for (size_t g = 0; g < sums.size(); ++g)
+      row[tensors + static_cast<int64_t>(g)] = std::sqrt(sums[g].above / sums[g].below);
+  }
+}
+
 std::unique_ptr<GradientList> make_gradient_list(const std::vector<std::tuple<py::dict, py::str, py::object>>& given) {
   std::vector<GradientEntry> entries;
   for (const auto& [owner, key, shadow] : given) {
@@ -292,13 +358,20 @@ void bind_trajectory(py::module_& m) {
       .def(
           "observe", [](Ledger& ledger, py::handle sums) { check(ledger.observe_tensor(sums.ptr())); },
           py::arg("sums"));
+  py::class_<MovementCheck>(m, "MovementCheck", "What optimizers did in a step, for a plan to compare with.")
+      .def(py::init(&make_movement_check), py::arg("recent"), py::arg("places"), py::arg("units_sq"))
+      .def("take", &take_movement, py::arg("params"), py::arg("first"), py::arg("second"), py::arg("rules"),
+           py::arg("previous"))
+      .def("drop", &MovementCheck::drop);
   py::class_<TrajectoryPlan>(m, "TrajectoryPlan", "Parameters, their copies and the ledger of their movement.")
       .def(py::init(&make_plan), py::arg("entries"), py::arg("ledger"), py::keep_alive<1, 3>())
-      .def("step",
-           [](TrajectoryPlan& plan) {
-             check(plan.step());
-             return plan.block == kTrajectoryBlock;
-           })
+      .def(
+          "step",
+          [](TrajectoryPlan& plan, MovementCheck* movement) {
+            check(plan.step(movement));
+            return plan.block == kTrajectoryBlock;
+          },
+          py::arg("check") = py::none())
       .def_readwrite("block", &TrajectoryPlan::block)
       .def_readonly("captured", &TrajectoryPlan::captured);
   py::class_<SketchPlan>(m, "SketchPlan", "Parameters and the tensors that their sketches and weights are written to.")
@@ -310,6 +383,8 @@ void bind_trajectory(py::module_& m) {
         py::arg("quantiles"), py::arg("out"));
   m.def("step_norms", &step_norms, py::arg("recent"), py::arg("begin"), py::arg("end"), py::arg("first"),
         py::arg("second"));
+  m.def("step_quotients", &step_quotients, py::arg("recent"), py::arg("begin"), py::arg("end"), py::arg("group_of"),
+        py::arg("groups"), py::arg("out"));
   py::class_<GradientList>(m, "GradientList", "Parameters whose gradients are read.")
       .def(py::init(&make_gradient_list), py::arg("entries"))
       .def("read", &read_gradients, py::arg("out"));

@@ -52,6 +52,31 @@ void TrajectoryRunner::step(const TrajectoryItem& item, int64_t chunk) {
 void TrajectoryRunner::run(const TrajectoryItem* items, StepSums* sums) {
   parallel_for(static_cast<int64_t>(chunks_.size()), total_ >= kSerialElements,
                [&](int64_t chunk) { step(items[chunks_[chunk].item], chunk); });
+  merge_chunks(sums);
+}
+
+void TrajectoryRunner::run(const TrajectoryItem* items, StepSums* sums, const UpdateItem* const* updates,
+                           std::vector<UpdateSums>* update_sums) {
+  update_partials_.resize(chunks_.size());
+  parallel_for(static_cast<int64_t>(chunks_.size()), total_ >= kSerialElements, [&](int64_t chunk) {
+    const Chunk& c = chunks_[chunk];
+    if (updates[c.item]) sum_update_run(*updates[c.item], c.begin, c.count, &update_partials_[chunk]);
+    step(items[c.item], chunk);
+  });
+  merge_chunks(sums);
+  update_sums->assign(first_chunk_.size() - 1, {});
+  for (size_t item = 0; item + 1 < first_chunk_.size(); ++item)
+    for (int64_t c = first_chunk_[item]; updates[item] && c < first_chunk_[item + 1]; ++c)
+      merge(&(*update_sums)[item], update_partials_[c]);
+}
+
+std::vector<int64_t> TrajectoryRunner::counts() const {
+  std::vector<int64_t> counts(first_chunk_.size() - 1);
+  for (const Chunk& chunk : chunks_) counts[chunk.item] += chunk.count;
+  return counts;
+}
+
+void TrajectoryRunner::merge_chunks(StepSums* sums) const {
   for (size_t item = 0; item + 1 < first_chunk_.size(); ++item) {
     StepSums whole{};
     for (int64_t c = first_chunk_[item]; c < first_chunk_[item + 1]; ++c) merge(&whole, partials_[c]);

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "ops/update_sums.h"
 #include "python/tensor_view.h"
 
 namespace lipcore {
@@ -26,7 +27,12 @@ class TrajectoryRunner {
  public:
   void plan(const std::vector<int64_t>& counts);
   void run(const TrajectoryItem* items, StepSums* sums);
+  // The same, with the sums of `updates` where there is one of an item, before w_prev follows: chunk by chunk, so that
+  // memory which both read comes out of a cache the second time. The bits are those of update_sums().
+  void run(const TrajectoryItem* items, StepSums* sums, const UpdateItem* const* updates,
+           std::vector<UpdateSums>* update_sums);
   int64_t total() const { return total_; }
+  std::vector<int64_t> counts() const;
 
  private:
   struct Chunk {
@@ -35,9 +41,11 @@ class TrajectoryRunner {
   std::vector<int64_t> first_chunk_;  // per item, and the end
   std::vector<Chunk> chunks_;
   std::vector<StepSums> partials_;  // per chunk
+  std::vector<UpdateSums> update_partials_;
   int64_t total_ = 0;
 
   void step(const TrajectoryItem& item, int64_t chunk);
+  void merge_chunks(StepSums* sums) const;
 };
 
 // The stateless form: all lists of n tensors, out float64 [n, 6] (the columns of StepSums), count >= 1.

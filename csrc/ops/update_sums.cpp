@@ -15,8 +15,7 @@ namespace lipcore {
 namespace {
 
 struct Chunk {
-  int64_t item;
-  UpdateChunk work;
+  int64_t item, begin, count;
 };
 
 bool same_shape(const TensorView& a, const TensorView& b) {
@@ -61,21 +60,8 @@ bool check_written(const TensorView& out, ArgumentName name, const std::vector<U
 }
 
 bool check_all(const std::vector<UpdateItem>& items, const TensorView& rows, const TensorView& squares) {
+  if (!check_update_items(items)) return false;
   const auto n = static_cast<int64_t>(items.size());
-  for (int64_t i = 0; i < n; ++i) {
-    const UpdateItem& item = items[i];
-    if (!item.w.same_device(items[0].w))
-      return fail({"params", i}, "is on another device than params[0]; put all on one");
-    if (!item.w.is_dense()) return fail({"params", i}, "is not dense memory; pass a contiguous copy");
-    if (item.has_first && !check_state(item.first, item.w, {"first", i})) return false;
-    if (item.has_second && !check_state(item.second, item.w, {"second", i})) return false;
-    if (item.has_gradient && !check_state(item.gradient, item.w, {"gradients", i})) return false;
-    if (item.has_previous && !check_state(item.previous, item.w, {"previous", i})) return false;
-    for (const TensorView& scalar : item.scalar_at)
-      if (scalar.data && !scalar.same_device(item.w))
-        return fail({"rules", i}, "has a number on another device than params[%lld]; put all on one",
-                    static_cast<long long>(i));
-  }
   const auto beside = [&](const TensorView& out) { return n ? out.same_device(items[0].w) : out.on_cpu(); };
   if (rows.dtype != DType::kFloat64 || rows.ndim != 2 || rows.shape[0] != n || rows.shape[1] != kStepSums ||
       (n > 1 && rows.strides[0] != kStepSums) || (n && rows.strides[1] != 1) || !beside(rows))
@@ -97,28 +83,44 @@ const void* at(const TensorView& view, int64_t element) {
 
 std::vector<Chunk> chunks_of(const std::vector<UpdateItem>& items) {
   std::vector<Chunk> chunks;
-  for (size_t i = 0; i < items.size(); ++i) {
-    const UpdateItem& item = items[i];
-    for (int64_t begin = 0; begin < item.w.numel; begin += kChunk) {
-      const UpdateForm form = form_of(item);
-      UpdateChunk work{};
-      work.w = at(item.w, begin);
-      work.dtype = item.w.dtype;
-      if (item.has_first) work.first = at(item.first, begin), work.first_dtype = item.first.dtype;
-      if (item.has_second) work.second = at(item.second, begin), work.second_dtype = item.second.dtype;
-      if (item.has_gradient) work.gradient = at(item.gradient, begin), work.gradient_dtype = item.gradient.dtype;
-      if (item.has_previous) work.previous = at(item.previous, begin), work.previous_dtype = item.previous.dtype;
-      work.count = std::min(kChunk, item.w.numel - begin);
-      work.form = form;
-      work.scalars = item.scalars;
-      chunks.push_back({static_cast<int64_t>(i), work});
-    }
-  }
+  for (size_t i = 0; i < items.size(); ++i)
+    for (int64_t begin = 0; begin < items[i].w.numel; begin += kChunk)
+      chunks.push_back({static_cast<int64_t>(i), begin, std::min(kChunk, items[i].w.numel - begin)});
   return chunks;
 }
 
-// A chunk's sums, with the number of its non-finite elements where a sum is not finite.
-void sum_chunk(const UpdateChunk& work, UpdateSums* sums) {
+}  // namespace
+
+bool check_update_items(const std::vector<UpdateItem>& items) {
+  const auto n = static_cast<int64_t>(items.size());
+  for (int64_t i = 0; i < n; ++i) {
+    const UpdateItem& item = items[i];
+    if (!item.w.same_device(items[0].w))
+      return fail({"params", i}, "is on another device than params[0]; put all on one");
+    if (!item.w.is_dense()) return fail({"params", i}, "is not dense memory; pass a contiguous copy");
+    if (item.has_first && !check_state(item.first, item.w, {"first", i})) return false;
+    if (item.has_second && !check_state(item.second, item.w, {"second", i})) return false;
+    if (item.has_gradient && !check_state(item.gradient, item.w, {"gradients", i})) return false;
+    if (item.has_previous && !check_state(item.previous, item.w, {"previous", i})) return false;
+    for (const TensorView& scalar : item.scalar_at)
+      if (scalar.data && !scalar.same_device(item.w))
+        return fail({"rules", i}, "has a number on another device than params[%lld]; put all on one",
+                    static_cast<long long>(i));
+  }
+  return true;
+}
+
+void sum_update_run(const UpdateItem& item, int64_t begin, int64_t count, UpdateSums* sums) {
+  UpdateChunk work{};
+  work.w = at(item.w, begin);
+  work.dtype = item.w.dtype;
+  if (item.has_first) work.first = at(item.first, begin), work.first_dtype = item.first.dtype;
+  if (item.has_second) work.second = at(item.second, begin), work.second_dtype = item.second.dtype;
+  if (item.has_gradient) work.gradient = at(item.gradient, begin), work.gradient_dtype = item.gradient.dtype;
+  if (item.has_previous) work.previous = at(item.previous, begin), work.previous_dtype = item.previous.dtype;
+  work.count = count;
+  work.form = form_of(item);
+  work.scalars = item.scalars;
   const auto& kernel = *kernels().update_sums;
   *sums = {};
   kernel.chunk(work, sums);
@@ -128,7 +130,10 @@ void sum_chunk(const UpdateChunk& work, UpdateSums* sums) {
     sums->step.nonfinite = static_cast<double>(kernel.count_nonfinite(work));
 }
 
-}  // namespace
+StepSums update_row(const UpdateSums& sums) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  return sums.step.nonfinite == 0 ? sums.step : StepSums{nan, nan, nan, nan, nan, sums.step.nonfinite};
+}
 
 UpdateForm form_of(const UpdateItem& item) {
   if (item.adaptive) return UpdateForm::kAdaptive;
@@ -155,17 +160,16 @@ bool update_sums(const std::vector<UpdateItem>& items, const TensorView& rows, c
   const bool parallel = total >= kSerialElements;
   // The caller's lists hold the tensors, so their memory stays while other threads of Python run.
   PyThreadState* state = parallel ? PyEval_SaveThread() : nullptr;
-  parallel_for(static_cast<int64_t>(chunks.size()), parallel,
-               [&](int64_t i) { sum_chunk(chunks[i].work, &partials[i]); });
+  parallel_for(static_cast<int64_t>(chunks.size()), parallel, [&](int64_t i) {
+    sum_update_run(items[chunks[i].item], chunks[i].begin, chunks[i].count, &partials[i]);
+  });
   if (state) PyEval_RestoreThread(state);
 
-  const double nan = std::numeric_limits<double>::quiet_NaN();
   size_t c = 0;
   for (size_t i = 0; i < items.size(); ++i) {
     UpdateSums sums{};
     for (; c < chunks.size() && chunks[c].item == static_cast<int64_t>(i); ++c) merge(&sums, partials[c]);
-    const bool finite = sums.step.nonfinite == 0;
-    row[i] = finite ? sums.step : StepSums{nan, nan, nan, nan, nan, sums.step.nonfinite};
+    row[i] = update_row(sums);
     leave_unknown(form_of(items[i]), items[i].has_momentum, items[i].has_gradient, items[i].has_previous, &sums);
     take_squares(sums, static_cast<double>(items[i].w.numel), square, static_cast<int64_t>(items.size()),
                  static_cast<int64_t>(i));

@@ -20,6 +20,16 @@ struct UpdateItem {
 
 UpdateForm form_of(const UpdateItem& item);
 
+// Whether all tensors of each item belong together, and all items on one device; else false with a Python exception.
+bool check_update_items(const std::vector<UpdateItem>& items);
+
+// Of the elements [begin, begin + count) of a tensor on the CPU, at most kChunk: sums, with the number of elements that
+// are not finite where a sum is not.
+void sum_update_run(const UpdateItem& item, int64_t begin, int64_t count, UpdateSums* sums);
+
+// A tensor's row from the sums over its runs: NaN but for the number where elements are not finite.
+StepSums update_row(const UpdateSums& sums);
+
 // rows float64 [n, 6] (the columns of StepSums), squares float64 [kUpdateSquares, n] (see UpdateSquare). A tensor with
 // a non-finite element of w or of the update has a row of NaN with the number of such elements. All on one device.
 // Returns false with a Python exception set, and nothing written, when an argument is wrong.

@@ -75,12 +75,15 @@ bool TrajectoryPlan::look_up_all() {
   return true;
 }
 
-bool TrajectoryPlan::step() {
+bool TrajectoryPlan::step(MovementCheck* check) {
   if (!look_up_all()) return false;
+  if (check && !(ledger_->on_cpu() && check->fits(runner_.counts())))
+    return fail({"check"}, "has taken no step of these parameters; call take() before every step, on the CPU");
   if (ledger_->on_cpu())
-    step_on_cpu();
+    step_on_cpu(check);
   else if (!step_on_device())
     return false;
+  if (check) check->drop();
   ++block;
   return true;
 }
@@ -94,16 +97,22 @@ bool TrajectoryPlan::step_on_device() {
   return true;
 }
 
-void TrajectoryPlan::step_on_cpu() {
+void TrajectoryPlan::step_on_cpu(MovementCheck* check) {
   for (size_t i = 0; i < items_.size(); ++i) {
     items_[i].restart = starts_block(ledger_->row(i));
     items_[i].inv_count = 1.0 / points_after_step(ledger_->row(i));
   }
-  const auto run = [this] { runner_.run(items_.data(), sums_.data()); };
+  const auto run = [this, check] {
+    if (check)
+      runner_.run(items_.data(), sums_.data(), check->items(), &update_sums_);
+    else
+      runner_.run(items_.data(), sums_.data());
+  };
   if (runner_.total() >= kSerialElements)
     parameters_.without_gil(run);
   else
     run();
+  if (check) check->write(update_sums_, static_cast<int64_t>(*ledger_->tables().cursor));
   ledger_->observe(sums_.data());
 }
 

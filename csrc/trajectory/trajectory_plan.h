@@ -6,6 +6,7 @@
 
 #include "ops/trajectory_step.h"
 #include "trajectory/ledger.h"
+#include "trajectory/movement_check.h"
 #include "trajectory/parameter_list.h"
 
 namespace lipcore {
@@ -36,7 +37,10 @@ class TrajectoryPlan {
   // One optimizer step: reads every parameter, updates state and ledger. False with a Python exception set, nothing
   // written, when a parameter is gone or no longer fits its state. On a CUDA device the step is queued on torch's
   // current stream, and nothing about it is known here: restarts and counts come from the ledger there.
-  bool step();
+  //
+  // With a check, on the CPU alone: what it has taken is compared with what the parameters did, before the copies
+  // follow, in the same pass over memory, and let go.
+  bool step(MovementCheck* check = nullptr);
 
   int64_t block = 0;      // steps in the open block; whoever calls step() folds it when it is full
   bool captured = false;  // a step was captured in a CUDA graph: its replays are not counted in the block
@@ -44,13 +48,14 @@ class TrajectoryPlan {
  private:
   bool look_up_all();
   bool admit(size_t i, const TensorView& view);
-  void step_on_cpu();
+  void step_on_cpu(MovementCheck* check);
   bool step_on_device();
 
   ParameterList parameters_;
   std::vector<TrajectoryCopies> copies_;
   std::vector<TrajectoryItem> items_;
   std::vector<StepSums> sums_;
+  std::vector<UpdateSums> update_sums_;
   Ledger* ledger_ = nullptr;
   bool moved_ = false;  // a pointer in items_ has changed since the last step on a CUDA device
   TrajectoryRunner runner_;

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lipcore.alarms.detector import Columns
 from lipcore.alarms.signals import Signal
+from lipcore.metric.columns import Where
 from lipcore.metric.values import Level
 
 
@@ -18,17 +18,24 @@ class Layout:
 
     def __init__(self, signals: Mapping[str, Signal], places: tuple[str, ...], levels: tuple[Level, ...]) -> None:
         self._key = places, levels
-        self.single = _at(levels, "tensor" if "tensor" in levels else "group")
-        self.groups = _at(levels, "group" if "group" in levels else "total")
-        self.total = _at(levels, "total")
-        self.names = [places[i] for i in self.single]
+        single = _at(levels, "tensor" if "tensor" in levels else "group")
+        groups = _at(levels, "group" if "group" in levels else "total")
+        self.single, self.groups, self.total = _run(single), _run(groups), _run(_at(levels, "total"))
+        self.names = [places[i] for i in single]
         scored = {name: signal for name, signal in signals.items() if not signal.exact}
-        self.columns = Columns.of(scored, [places[i] for i in self.groups])
+        self.columns = Columns.of(scored, [places[i] for i in groups])
 
     def fits(self, places: tuple[str, ...], levels: tuple[Level, ...]) -> bool:
         """Return whether numbers of these places lie so."""
         return self._key == (places, levels)
 
 
-def _at(levels: tuple[Level, ...], level: str) -> NDArray[np.intp]:
-    return np.array([i for i, one in enumerate(levels) if one == level], dtype=np.intp)
+def _at(levels: tuple[Level, ...], level: str) -> list[int]:
+    return [i for i, one in enumerate(levels) if one == level]
+
+
+def _run(where: list[int]) -> Where:
+    """Return positions as a slice where they follow each other, which costs a tenth to look up."""
+    if where and where == list(range(where[0], where[0] + len(where))):
+        return slice(where[0], where[-1] + 1)
+    return np.array(where, dtype=np.int64)

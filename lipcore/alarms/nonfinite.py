@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -28,13 +29,17 @@ class NonFinite:
     ) -> AlarmEvent | None:
         """Return the alarm of a step, from its loss and from its norms by quantity, [places]."""
         found: dict[str, list[str]] = {}
-        if loss is not None and not np.isfinite(loss):
+        if loss is not None and not math.isfinite(loss):
             found["loss"] = ["total"]
         for quantity, what in OF.items():
-            bad = ~np.isfinite(row[quantity]) if quantity in row else np.zeros(0, bool)
+            if quantity not in row or math.isfinite(np.add.reduce(row[quantity])):  # a finite sum has finite terms
+                continue
+            bad = ~np.isfinite(row[quantity])
             # A step without any gradient has NaN in every place: nothing is known of it.
             if bad.any() and not (what == "gradient" and np.isnan(row[quantity]).all()):
                 found[what] = [places[i] for i in np.flatnonzero(bad).tolist()]
+        if not found:
+            return None
         fresh: dict[str, list[str]] = {}
         for what, place in self._repeats.fresh(number, [(what, p) for what, where in found.items() for p in where]):
             fresh.setdefault(what, []).append(place)

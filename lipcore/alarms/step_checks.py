@@ -16,6 +16,7 @@ from lipcore.alarms.nonfinite import OF, NonFinite
 from lipcore.alarms.signals import Signal
 from lipcore.alarms.unexplained import SIGNAL, UnexplainedMovement
 from lipcore.alarms.waiting import StepNumbers
+from lipcore.metric.columns import Where
 
 _LEAST = 1e-30  # what does not move at all
 
@@ -65,9 +66,10 @@ class StepChecks:
             found = self._unexplained.step(one.step, scores, layout.names, turns())
             if found is not None:
                 yield found
-        found = self._score(one, layout, _log_rate(one, is_known=rate_is_known))
-        if found is not None:
-            yield found
+        if layout.columns.signals:
+            found = self._score(one, layout, _log_rate(one, is_known=rate_is_known))
+            if found is not None:
+                yield found
 
     def _score(self, one: StepNumbers, layout: Layout, log_rate: float) -> AlarmEvent | None:
         columns = layout.columns
@@ -78,7 +80,7 @@ class StepChecks:
         return self._detector.step(one.step, logs, log_rate)
 
     def _logarithms(
-        self, one: StepNumbers, groups: NDArray[np.intp], columns: Columns, log_rate: float
+        self, one: StepNumbers, groups: Where, columns: Columns, log_rate: float
     ) -> NDArray[np.float64]:
         logs = np.full(len(columns.signals), np.nan)
         if one.loss is not None and one.loss > 0 and "loss" in self._signals:

@@ -32,6 +32,8 @@ class UnexplainedMovement:
     ) -> AlarmEvent | None:
         """Return the alarm of a step, from the scores of its places; NaN where one is not checked. In so many `turns`,
         each of a step, all are checked once."""
+        if not np.fmax.reduce(scores, initial=0.0) > self._limit:  # one look, as it is in nearly every step
+            return None
         over = {places[i]: float(scores[i]) for i in np.flatnonzero(scores > self._limit).tolist()}
         fresh = sorted(
             ((over[place], place) for place in self._repeats.fresh(number, over, max(QUIET, turns))), reverse=True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lipcore import _core
 from lipcore.trajectory.table import Table
 
 
@@ -30,6 +31,6 @@ class MeanRing:
 def quotients(recent: Tensor, begin: int, end: int, table: Table) -> Tensor:
     """Return, [steps, places], the root of numerator over denominator of the steps [begin, end) in a copy of a ring on
     the host. What is not known of a tensor is not in its group's; NaN where nothing is."""
-    sums = recent[torch.arange(begin, end, device="cpu") % len(recent)].transpose(0, 1)  # [tensors, steps, 2]
-    sums = table.with_groups(sums.where(sums.isfinite().all(dim=2, keepdim=True), 0.0))
-    return (sums[..., 0] / sums[..., 1]).sqrt().T.contiguous()
+    out = torch.empty(end - begin, table.tensors + table.groups + 1, dtype=torch.float64, device="cpu")
+    _core.step_quotients(recent, begin, end, table.group_of_on_host, table.groups, out)
+    return out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -23,6 +24,15 @@ from lipcore.trajectory.parameters import local_shard
 
 Parameter = tuple[str, dict[str, Any], str]  #: name, owner's dict, key: looked up at every step
 Sums = tuple[Tensor, Tensor]  #: rows, float64 [n, 6], and squares, float64 [5, n]
+
+
+class Moves(NamedTuple):
+    """Parameters after a step, and what has moved each."""
+
+    params: list[Tensor]
+    first: list[Tensor | None]
+    second: list[Tensor | None]
+    rules: list[UpdateRule]
 
 
 def supported(optimizer: Any) -> str | None:
@@ -91,6 +101,8 @@ class OptimizerSource:
         self, optimizers: Optimizer | Sequence[Optimizer], parameters: Sequence[Parameter], *, ratios: bool = False
     ) -> None:
         self._ratios = ratios
+        self._groups: list[tuple[Optimizer, dict[str, Any], list[Tensor]]] = []
+        self._found: dict[int, tuple[Optimizer, dict[str, Any]]] = {}  # the places, while the groups are those
         self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self._parameters = list(parameters)
         for i, optimizer in enumerate(self._optimizers):
@@ -142,30 +154,13 @@ class OptimizerSource:
             ValueError: a parameter was removed, or replaced by one that is not the optimizer's; a shape, device or
                 layout that does not fit.
         """
-        places = self._places()
-        weights = _look_up(self._parameters)
-        skipped = {id(optimizer): _found_inf(optimizer) for optimizer in self._optimizers}
-        memo: dict[Any, Any] = {}
-        chosen: list[int] = []
-        moves: list[Move] = []
-        for i, w in enumerate(weights):
-            place = places.get(id(w))
-            if place is None:
-                self._refuse_stranger(i)
-            optimizer, group = place
-            if only is not None and optimizer is not only:
-                continue
-            chosen.append(i)
-            try:
-                moves.append(HELD if skipped[id(optimizer)] is True else move_of(optimizer, group, w, memo))
-            except ValueError as error:
-                raise ValueError(f"trajectory: parameter {self._parameters[i][0]!r}: {error}") from None
+        weights, chosen, moves, skipped = self._read(only)
         for i, move in zip(chosen, moves, strict=True):
             self._mixes[i] = move[2].mix
         names = [self._parameters[i][0] for i in chosen]
         params = [weights[i] for i in chosen]
         # Where only the GPU knows whether a step was skipped, the GPU chooses.
-        verdicts = [skipped[id(places[id(w)][0])] for w in params]
+        verdicts = [skipped[i] for i in chosen]
         unsure = any(isinstance(verdict, Tensor) for verdict in verdicts)
         asked = Asked([w.grad for w in params] if self._ratios else None, previous and [previous[i] for i in chosen])
         if len(chosen) == len(weights) and not unsure:
@@ -181,6 +176,44 @@ class OptimizerSource:
             self._squares.index_copy_(1, index, found[1])
         return self._rows, self._squares
 
+    def moves(self) -> Moves | None:
+        """Return what has moved every parameter in the step that was just made; None where only a GPU knows whether
+        there was one. As :meth:`sums` otherwise, which says what is wrong in words.
+
+        Raises:
+            ValueError: see there.
+        """
+        weights, _, moves, skipped = self._read(None)
+        if any(isinstance(verdict, Tensor) for verdict in skipped):
+            return None
+        return Moves(weights, *(list(part) for part in zip(*moves, strict=True)))  # type: ignore[arg-type]
+
+    def _read(self, only: Optimizer | None) -> tuple[list[Tensor], list[int], list[Move], list[bool | Tensor]]:
+        """Return all parameters, which of them are of that optimizer, what has moved those, and of each of all whether
+        its step was skipped."""
+        weights = _look_up(self._parameters)
+        places = self._places()
+        found_inf = {id(optimizer): _found_inf(optimizer) for optimizer in self._optimizers}
+        memo: dict[Any, Any] = {}
+        chosen: list[int] = []
+        moves: list[Move] = []
+        skipped: list[bool | Tensor] = []
+        for i, w in enumerate(weights):
+            place = places.get(id(w))
+            if place is None:
+                self._refuse_stranger(i)
+            optimizer, group = place
+            verdict = found_inf[id(optimizer)]
+            skipped.append(verdict)
+            if only is not None and optimizer is not only:
+                continue
+            chosen.append(i)
+            try:
+                moves.append(HELD if verdict is True else move_of(optimizer, group, w, memo))
+            except ValueError as error:
+                raise ValueError(f"trajectory: parameter {self._parameters[i][0]!r}: {error}") from None
+        return weights, chosen, moves, skipped
+
     def mixes(self) -> list[Scalar]:
         """Return, each once, the factors other than 0 of what the last step read as second tensors of linear rules."""
         found = {id(mix) if isinstance(mix, Tensor) else mix: mix for mix in self._mixes}
@@ -195,13 +228,24 @@ class OptimizerSource:
 
     def _places(self) -> dict[int, tuple[Optimizer, dict[str, Any]]]:
         """Return the optimizer and group of every parameter, by its id, as things are now."""
+        groups = [(optimizer, group) for optimizer in self._optimizers for group in optimizer.param_groups]
+        if len(groups) == len(self._groups) and all(
+            optimizer is owner
+            and group is before
+            and len(group["params"]) == len(held)
+            and all(map(is_, group["params"], held))
+            for (optimizer, group), (owner, before, held) in zip(groups, self._groups, strict=True)
+        ):
+            return self._found
         places: dict[int, tuple[Optimizer, dict[str, Any]]] = {}
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if id(parameter) in places:
-                        self._refuse_shared(parameter)
-                    places[id(parameter)] = (optimizer, group)
+        for optimizer, group in groups:
+            for parameter in group["params"]:
+                if id(parameter) in places:
+                    self._refuse_shared(parameter)
+                places[id(parameter)] = (optimizer, group)
+        # Held: an id is of one tensor as long as that is there.
+        self._groups = [(optimizer, group, list(group["params"])) for optimizer, group in groups]
+        self._found = places
         return places
 
     def _refuse_shared(self, parameter: Tensor) -> None:

@@ -142,15 +142,16 @@ class StepStream:
         if end <= begin or not self._calls:
             return
         shift = 0 if whole else end - length
-        found = {name: torch.full((end - begin, len(self._places)), torch.nan, dtype=torch.float64, device="cpu")
-                 for name in STEP_QUANTITIES}  # fmt: skip
+        shape = len(STEP_QUANTITIES), end - begin, len(self._places)
+        unknown = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
+        found = dict(zip(STEP_QUANTITIES, unknown.unbind(0), strict=True))
+        arrays = StepArrays(self._places, dict(zip(STEP_QUANTITIES, unknown.numpy(), strict=True)), self._groups)
         for name, ring in rings.items():
             if name in MEANS:
-                found[name] = quotients(ring, begin - shift, end - shift, self._table)
+                arrays[name] = quotients(ring, begin - shift, end - shift, self._table).numpy()
             else:
                 second = found["weight_norm"] if name == "update_norm" else None
                 _core.step_norms(ring, begin - shift, end - shift, found[name], second)
-        arrays = StepArrays(self._places, {name: tensor.numpy() for name, tensor in found.items()}, self._groups)
         for call in list(self._calls):
             try:
                 call(self._first + begin, arrays)

@@ -79,10 +79,10 @@ class Stepped(Saved):
         if self._due:
             if not self._links.are_intact():
                 self._follow()
-            if self._built.unexplained is not None:
-                self._built.unexplained.observe()
+            check = None if self._built.unexplained is None else self._built.unexplained.observe()
             for tracker in self._built.trackers.values():
-                if tracker.step():  # raises before anything has changed
+                # Raises before anything has changed.
+                if tracker.step() if check is None or not tracker.copies else tracker.step_with(check):
                     tracker.settle()
             if self._built.gradients:
                 self._built.gradients.observe_step()

@@ -36,13 +36,13 @@ class Table:
         self.recent = self.rows.new_zeros(ring, count, 2)
         self.cursor = self.rows.new_zeros(2)
         self.core = _core.Ledger(self.rows, self.recent, self.cursor, self.tensors)
-        self._group_of_on_host = torch.tensor(group_of, dtype=torch.int64, device="cpu")
-        self._group_of = self._group_of_on_host.to(device)
+        self.group_of_on_host = torch.tensor(group_of, dtype=torch.int64, device="cpu")
+        self._group_of = self.group_of_on_host.to(device)
 
     def with_groups(self, of_tensors: Tensor) -> Tensor:
         """Append, to the tensors' own values, [tensors, ...], their sum over the members of every group and over all.
         The values may have been copied to the host."""
-        group_of = self._group_of if of_tensors.device == self._group_of.device else self._group_of_on_host
+        group_of = self._group_of if of_tensors.device == self._group_of.device else self.group_of_on_host
         groups = sum_by_index(of_tensors, group_of, self.groups)
         return torch.cat([of_tensors, groups, of_tensors.sum(dim=0, keepdim=True)])
 

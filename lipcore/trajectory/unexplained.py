@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lipcore import _core
 from lipcore.functional.update_sums import MOMENTUM, UNEXPLAINED
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.trajectory.mean_ring import MeanRing
@@ -105,6 +106,11 @@ class Unexplained:
             self._index.append(torch.tensor(share, dtype=torch.int64, device=device))
         self._scores = torch.full((len(watched), 2), torch.nan, dtype=torch.float64, device=device)
         self.ring = MeanRing(table)
+        # With copies on the CPU the tracker that has them checks, in the pass in which it takes the step.
+        self._core: _core.MovementCheck | None = None
+        self._before = [] if previous is None else [previous[i] for i in found.places]
+        if previous is not None and device.type == "cpu" and self._sources:
+            self._core = _core.MovementCheck(self.ring.recent, found.places, self._units_sq[0].tolist())
         self.begin()
 
     def _size(self, place: int) -> int:
@@ -154,10 +160,12 @@ class Unexplained:
         """Take the step of one of several optimizers, in whose hook alone its gradients and verdict are there."""
         self._each = self._sums(optimizer)
 
-    def observe(self) -> None:
-        """Take a step in, before the copies follow. Nothing waits for a device, and nothing is raised: a step that
-        cannot be read any more ends the check."""
+    def observe(self) -> _core.MovementCheck | None:
+        """Take a step in, before the copies follow, or return the check for the tracker that has them to make with its
+        step. Nothing waits for a device, and nothing is raised: a step that cannot be read any more ends the check."""
         each, self._each = self._each, None
+        if each is None and self._has_taken():
+            return self._core
         sums = each or self._sums(None)
         if sums is None or self.turns > 1:
             self._scores.fill_(torch.nan)
@@ -174,11 +182,26 @@ class Unexplained:
         self.ring.take(self._scores)
         self._turn = (self._turn + 1) % self.turns
         self.begin()
+        return None
+
+    def _has_taken(self) -> bool:
+        """Hand the step to the compiled check; return False where that cannot be, for :meth:`_sums` to make copies of
+        other layouts, or to say what is wrong."""
+        if self._core is None or not self._sources:
+            return False
+        try:
+            moves = self._sources[0].moves()
+            if moves is None:
+                return False
+            self._core.take(*moves, self._before)
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            return False
+        return True
 
     def _sums(self, only: Optimizer | None) -> Sums | None:
         if not self._sources:
             return None
-        previous = self._copies if self._previous is None else [self._previous[i] for i in self._places]
+        previous = self._copies if self._previous is None else self._before
         try:
             return self._sources[self._turn].sums(only=only, previous=previous)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
