@@ -77,7 +77,8 @@ class Alarms(Showable):
             the Monitor, and it is not called any more.
         stop: raise :class:`AlarmStop` at the user's next call of a method of the Monitor, or at the end of the with
             block. On several ranks that merge windows all of them raise the same one where they do so; what comes after
-            the last merged window stops none.
+            the last merged window stops none. Ranks that merge none, and all call :meth:`Monitor.log` or
+            :meth:`Monitor.log_batch`, raise it together in one of these calls some steps later, or none does.
         least_multiplier: what the multiplier of the limits falls to at the lowest, from 0.1 to 1. Below 1, alarms use
             what the limits leave of the budget.
         snapshot: files to write after an alarm.

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import in_backward
 from lipcore.layers import Factor
 from lipcore.layers.projections import projected
+from lipcore.models.outputs import gradient_node
 from lipcore.models.torch_internals import rounds_products
 
 DIFFER = (
@@ -60,7 +60,7 @@ class GradientSums:
             if parameter.is_leaf and parameter.requires_grad:
                 # Of the node and not of the tensor, whose hooks belong to others and run before.
                 self._watched.add(name)
-                accumulates = get_gradient_edge(parameter).node
+                accumulates = gradient_node(parameter)
                 self._handles.append((accumulates, accumulates.register_prehook(_Hook(self, name))))
 
     def begin(self, task: int) -> None:

@@ -54,6 +54,19 @@ class Meeting:
         """Tell ranks that wait for this one that it has nothing to meet them for at this step; `who` calls."""
         self._store.set(self._at(self._place), json.dumps({"key": "", "step": step, "what": what, "who": who}))
 
+    def leave_word(self, where: str, word: str) -> None:
+        """Leave a word for all ranks, unless there is one."""
+        self._store.compare_set(f"{self._name}/word/{where}", "", word)
+
+    def take_back_word(self, where: str) -> None:
+        """Take back the word that was left for all ranks."""
+        self._store.set(f"{self._name}/word/{where}", "")
+
+    def word(self, where: str) -> str:
+        """Return the word that a rank has left; "" where none has."""
+        key = f"{self._name}/word/{where}"
+        return self._store.get(key).decode() if self._store.check([key]) else ""
+
     def meet(self, what: str, step: int, header: Header, timeout: float, who: int = 0) -> list[Header]:
         """Return the headers of all ranks, when all of them have come.
 

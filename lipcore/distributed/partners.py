@@ -54,6 +54,21 @@ class Partners:
         meeting = _meeting(group)
         meeting.pass_by(what, step, meeting.number_of(self))
 
+    def leave_word(self, group: Group, where: str, word: str) -> None:
+        """Leave a word for all ranks, unless there is one."""
+        meeting = _meeting(group)
+        meeting.leave_word(f"{meeting.number_of(self)}/{where}", word)
+
+    def take_back_word(self, group: Group, where: str) -> None:
+        """Take back the word that was left for all ranks."""
+        meeting = _meeting(group)
+        meeting.take_back_word(f"{meeting.number_of(self)}/{where}")
+
+    def word(self, group: Group, where: str) -> str:
+        """Return the word that a rank has left; "" where none has."""
+        meeting = _meeting(group)
+        return meeting.word(f"{meeting.number_of(self)}/{where}")
+
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy has: no process group."""
         return {"_given": None, "_timeout": self._timeout}

@@ -25,11 +25,13 @@ class Failures:
         self._stopped: dict[str, int] = {}  # the number of the window in which each was stopped
         self.all_stopped = False  #: nothing is recorded any more
         self.before_raise: Callable[[Exception], None] | None = None  #: told of a kept error that is being raised
+        self.holds: Callable[[Exception], bool] | None = None  #: whether a kept error is not to be raised yet
         self.at_call: Callable[[], None] | None = None  #: called in every call of the user's, before errors are raised
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy has: it records nothing, and has no error of its own."""
-        return self.__dict__ | {"_error": None, "all_stopped": True, "before_raise": None, "at_call": None}
+        nobody = dict.fromkeys(("_error", "before_raise", "holds", "at_call"))
+        return self.__dict__ | nobody | {"all_stopped": True}
 
     def stop(self, metrics: Iterable[Metric], error: Exception, step: int, window: int) -> None:
         """Stop metrics in this step of this window, warn, and keep the error, but not where they can be done without;
@@ -70,8 +72,10 @@ class Failures:
         """Raise the error that was kept, by this object or by a metric; later calls do not raise it again."""
         if self.at_call is not None:
             self.at_call()
-        kept = chain([self._error], (metric.take_error() for metric in self._metrics.values()))
-        self._error = None
+        own, self._error = self._error, None
+        if own is not None and self.holds is not None and self.holds(own):
+            own, self._error = None, own
+        kept = chain([own], (metric.take_error() for metric in self._metrics.values()))
         error = next((error for error in kept if error is not None), None)
         if error is not None:
             if self.before_raise is not None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import get_gradient_edge
+
+from lipcore.models.outputs import gradient_node
 
 
 class Accumulates(RuntimeError):
@@ -36,7 +37,7 @@ def without_accumulation(model: nn.Module) -> Iterator[None]:
             raise Accumulates
 
     with torch.enable_grad():
-        leaves = [get_gradient_edge(p).node for p in model.parameters() if p.requires_grad and p.is_leaf]
+        leaves = [gradient_node(p) for p in model.parameters() if p.requires_grad and p.is_leaf]
     handles = [node.register_prehook(refuse) for node in leaves]
     before = [(p, p.grad) for p in model.parameters()]
     alone = threading.active_count() == 1

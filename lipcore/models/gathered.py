@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from lipcore.models.ranks import has_dtensors
-from lipcore.models.torch_internals import fsdp_groups
+from lipcore.models.torch_internals import backward_begun, before_backward, forget_backward, fsdp_groups, was_gathered
 
 
 def fully_sharded(model: nn.Module) -> list[Any]:
@@ -49,21 +49,28 @@ def let_go(model: nn.Module) -> None:
 
 
 def nothing_reduced(model: nn.Module) -> AbstractContextManager[None]:
-    """Keep fully_shard()ed modules from reducing, in a backward pass of lipcore's own, gradients that they have added
-    up for the training's next reduce."""
-    return _unset(model, "reduce_grads")
+    """Keep fully_shard()ed modules from reducing, in a backward pass of lipcore's own behind a forward pass that has
+    ended, gradients that they have added up for the training's next reduce. Modules that have never run have none, and
+    raise where they are not to reduce."""
+    return _own_backward(model, "reduce_grads", [group for group in _groups(model) if was_gathered(group)])
 
 
 def kept_gathered(model: nn.Module) -> AbstractContextManager[None]:
     """Keep what fully_shard()ed modules have gathered through a backward pass of lipcore's own: that would let go of
     it, and to gather it once more is a collective that the other ranks may not make."""
-    return _unset(model, "reshard_after_backward")
+    return _own_backward(model, "reshard_after_backward", _groups(model))
+
+
+def _groups(model: nn.Module) -> list[Any]:
+    return [group for module in fully_sharded(model) for group in fsdp_groups(module)]
 
 
 @contextmanager
-def _unset(model: nn.Module, setting: str) -> Iterator[None]:
-    groups = [group for module in fully_sharded(model) for group in fsdp_groups(module)]
+def _own_backward(model: nn.Module, setting: str, groups: Sequence[Any]) -> Iterator[None]:
+    """Unset a setting for a backward pass of lipcore's own. Where that breaks off, modules go on as if it had not been:
+    else the training's next one would end without what they do at its end, and gradients would be missing."""
     before = [getattr(group, setting) for group in groups]
+    standing = [(module, before_backward(module)) for module in fully_sharded(model) if not backward_begun(module)]
     for group in groups:
         setattr(group, setting, False)
     try:
@@ -71,3 +78,6 @@ def _unset(model: nn.Module, setting: str) -> Iterator[None]:
     finally:
         for group, value in zip(groups, before, strict=True):
             setattr(group, setting, value)
+        broken_off = any(backward_begun(module) for module, _ in standing)
+        for module, where in standing if broken_off else ():
+            forget_backward(module, where)

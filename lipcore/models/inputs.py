@@ -60,6 +60,13 @@ def chosen_input(
     return chosen  # type: ignore[no-any-return]
 
 
+def places_of(tensor: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> int:
+    """Return in how many places of the arguments and keywords this very tensor stands."""
+    if len(arguments) == 1 and arguments[0] is tensor and not keywords:  # most models, without a search
+        return 1
+    return sum(found is tensor for found in _tensors((arguments, keywords)))
+
+
 def _fits(tensor: Tensor) -> bool:
     plain = tensor.layout is torch.strided and not tensor.is_inference()
     return plain and bool(tensor.dim())

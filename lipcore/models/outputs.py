@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.distributions import Distribution
 
 from lipcore.models.containers import WHOLE, attributes_of, leaves_of
@@ -90,6 +91,12 @@ def nodes_before(nodes: Iterable[Any], without: Collection[Any] = ()) -> Iterato
             if before not in seen:
                 seen.add(before)
                 todo.append(before)
+
+
+def gradient_node(tensor: Tensor) -> Any:
+    """Return the node of a graph that the gradient at a tensor comes to, which is that of a leaf where it is one; None
+    where it requires no gradient."""
+    return get_gradient_edge(tensor).node if tensor.requires_grad else None
 
 
 def on_backward(output: Any, hook: Callable[[Any], None]) -> None:

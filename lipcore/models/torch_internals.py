@@ -116,6 +116,36 @@ def fsdp_groups(module: Any) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
+def was_gathered(group: Any) -> bool:
+    """Return whether what a fully_shard()ed module gathers together has been there as a whole before."""
+    return all(hasattr(parameter, "_unsharded_param") for parameter in group.fsdp_params)
+
+
+def backward_begun(module: Any) -> bool:
+    """Return whether a fully_shard()ed module waits for the end of a backward pass, at which it lets go and reduces."""
+    return bool(module._get_fsdp_state()._state_ctx.post_backward_final_callback_queued)
+
+
+def before_backward(module: Any) -> tuple[Any, list[tuple[Any, bool]]]:
+    """Return where a fully_shard()ed module stands, for :func:`forget_backward`."""
+    groups = [(group._training_state, group.is_unsharded) for group in fsdp_groups(module)]
+    return module._get_fsdp_state()._training_state, groups
+
+
+def forget_backward(module: Any, before: tuple[Any, list[tuple[Any, bool]]]) -> None:
+    """Have a fully_shard()ed module go on as if a backward pass that has broken off had not begun: it waits for its end
+    no longer, and holds its parts where it did. Gradients that it has added up stay. No collective."""
+    state = module._get_fsdp_state()
+    state._state_ctx.post_backward_final_callback_queued = False
+    state._training_state, groups = before
+    for group, (training, gathered) in zip(fsdp_groups(module), groups, strict=True):
+        group.wait_for_unshard()  # what it has begun to gather
+        if not gathered:
+            group._training_state = type(training).IDLE  # in which it lets go
+            group.reshard()
+        group._training_state = training
+
+
 MKLDNN_LAYOUT = _found("_mkldnn")
 OptimizedModule = _found("_dynamo.OptimizedModule")
 

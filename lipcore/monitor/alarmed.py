@@ -1,9 +1,10 @@
-"""What a Monitor with alarms does beside an engine: steps are looked at, snapshots written, and ranks stopped together."""
+"""What a Monitor with alarms does beside an engine: looks at steps, writes snapshots, and stops ranks together."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from lipcore.alarms.alarms import Alarms
@@ -11,11 +12,15 @@ from lipcore.alarms.attach import AlarmsListener, norms_of, trajectory_of
 from lipcore.alarms.event import AlarmStop
 from lipcore.alarms.samples import SamplesAfter
 from lipcore.capture.training_pass import in_backward
+from lipcore.distributed.appointment import Appointment
+from lipcore.distributed.group import Group
 from lipcore.metric.optimizers import updating
 from lipcore.models.capturing import is_captured_here
 from lipcore.models.ranks import rank
 from lipcore.monitor.recorded import Recorded
 from lipcore.recording.snapshots import Snapshots
+
+_STOPS = "an alarm that is to stop all ranks"
 
 
 class Alarmed(Recorded):
@@ -23,6 +28,9 @@ class Alarmed(Recorded):
 
     _meets: bool  # log() merges the windows of all ranks
     _parted: bool  # it has, and does so no more
+    _appointment: Appointment  # of ranks that merge no windows
+    _appointed: bool  # this rank has asked for it
+    _holds_stops: bool  # the loop makes calls in which the ranks can stop together
     _snapshots: Snapshots | None  # of alarms that ask for them
     _samples_after: SamplesAfter | None  # likewise
     _waits_to_begin: bool
@@ -42,6 +50,8 @@ class Alarmed(Recorded):
                 self._failures.warn(f"alarms: unexplained_movement checks no parameter: {trajectory.why_unchecked}")
             if "rms_t" in alarms.signals and trajectory.why_no_rms_t:
                 self._failures.warn(f"alarms: rms_t never alarms: {trajectory.why_no_rms_t}")
+        self._appointment, self._appointed, self._holds_stops = Appointment(self._global.partners), False, False
+        self._failures.holds = self._holds
         self._logged.listen(alarms._logged, prompt=True)
         self._listeners.append(AlarmsListener(alarms, trajectory))
         if alarms.snapshot is not None:
@@ -92,19 +102,69 @@ class Alarmed(Recorded):
 
     # ---- with other ranks
 
-    def _wait_to_stop(self) -> None:
-        """Let an alarm that was to stop this rank alone, since the loop had logged nothing for two windows, stop all of
-        them: they meet in this very call, in which the others would wait for this one."""
+    def _stop_together(self, *, merges: bool) -> None:
+        """Let an alarm that is to stop this rank stop all of them, in a call that all of them make: in this very one,
+        where it `merges` windows, for which the others would wait; else in one that the ranks appoint, in which they
+        meet for that alone. Called in every :meth:`log` and :meth:`log_batch`, before errors are raised."""
+        group = self._global.partners.find()
+        if group is None or self.alarms is None or not self.alarms._stop or self._closed:
+            return
         stop = self._failures.kept(AlarmStop)
-        meets = self._meets and self._global.waits and self._global.partners.find() is not None
-        if stop is not None and self.alarms is not None and meets and self.alarms._wait_to_stop(stop.event):
+        merges = merges and self._meets and self._global.waits
+        self._holds_stops = True
+        if not merges and self._is_appointed(group):
+            self._meet_to_stop(group)
+        elif stop is not None and self.alarms._wait_to_stop(stop.event):
             self._failures.drop(AlarmStop)
+            if not merges:
+                self._appoint(group)
+
+    def _is_appointed(self, group: Group) -> bool:
+        """Return whether the ranks meet in this call; not asked where they do so elsewhere."""
+        if self._meets_ranks() and not self._appointed:
+            return False
+        try:
+            return self._appointment.is_due(group, self._windows.step)
+        except RuntimeError:  # the store is gone, and the rank that had it
+            return False
+
+    def _appoint(self, group: Group) -> None:
+        with suppress(RuntimeError):  # likewise
+            self._appointment.ask(group, self._windows.step)
+            self._appointed = True
+
+    def _meet_to_stop(self, group: Group) -> None:
+        """Tell the other ranks of the alarms of this one, and hear of theirs; all stop, or none does."""
+        header = {"version": 1, "call": _STOPS, "said": self._said()}
+        try:
+            found = self._global.partners.meet(group, _STOPS, self._windows.step, header)
+            self._appointment.keep()
+            self._heard([each["said"] for each in found])
+        except RuntimeError as error:
+            assert self.alarms is not None
+            self.alarms._waits_to_stop = None
+            with suppress(RuntimeError):
+                self._appointment.call_off(group)
+            self._failures.warn(
+                "lipcore could not stop all ranks for an alarm, and so stops none: the others would wait for this one. "
+                f"{error}. Call monitor.log() or monitor.log_batch() on every rank at the same steps, or pass "
+                "group=None to a Monitor that is to stop its rank alone"
+            )
+        self._appointed = False
+
+    def _holds(self, error: Exception) -> bool:
+        """Return whether an error that was kept waits for a call in which all ranks raise it."""
+        alarms = self.alarms
+        if not isinstance(error, AlarmStop) or alarms is None or not self._holds_stops or self._closed:
+            return False
+        return alarms._of_ranks.waits(error.event) and self._global.partners.find() is not None
 
     def _said(self) -> Any:
         return None if self.alarms is None else self.alarms._said()
 
     def _heard(self, said: Sequence[Any]) -> None:
         if self.alarms is not None:
+            self._appointed = False
             group = self._global.partners.find()
             ranks = group.ranks if group is not None else range(len(said))
             self.alarms._heard(dict(zip(ranks, said, strict=True)))
@@ -114,7 +174,8 @@ class Alarmed(Recorded):
         loop that has not called log() when its second window has closed is taken not to."""
         logs = self._logged.begun or (not self._closed and self._global.number_waiting < 2)
         meets = (self._meets and logs) or (bool(self._global.history) and not self._parted)
-        return meets and self._global.partners.find() is not None and not self._global.is_given_up
+        meets = (meets and not self._global.is_given_up) or self._appointed
+        return meets and self._global.partners.find() is not None
 
     # ---- the clock
 

@@ -164,7 +164,7 @@ class Monitor(Alarmed):
             ValueError: a tensor of several numbers.
         """
         check_logged(numbers)
-        self._wait_to_stop()
+        self._stop_together(merges=True)
         self._failures.raise_kept()
         loss = numbers.get("loss")
         if isinstance(loss, Tensor) and loss.grad_fn is not None:
@@ -207,6 +207,7 @@ class Monitor(Alarmed):
         found = None if ids is None else checked_ids(ids)
         each = None if losses is None or found is None else checked_losses(losses, found)
         generator = checked_generator(rng_state)
+        self._stop_together(merges=False)
         self._failures.raise_kept()
         if found is not None:
             self._call(self.metrics.values(), lambda metric: metric.observe_batch(found, each))

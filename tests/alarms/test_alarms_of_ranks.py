@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lipcore
 from lipcore.alarms import AlarmEvent, Alarms, AlarmStop
 from lipcore.alarms.ranks import EventsOfRanks
+from lipcore.distributed import appointment
 from lipcore.monitor import logged
 from lipcore.trajectory import single_steps
 
@@ -27,6 +29,9 @@ WAYS = {
     "ends": {"stop": True, "at": LATE, "end": False, "log": True},
     "meets": {"stop": True, "at": LATE, "end": True, "log": True},
     "never logs": {"stop": True, "at": AT, "end": False, "log": False},
+    "batches": {"stop": True, "at": AT, "end": False, "log": False},
+    "no watch": {"stop": True, "at": AT, "end": False, "log": True},
+    "batches of one": {"stop": True, "at": AT, "end": False, "log": False},
     "logs late": {"stop": True, "at": 2 * WINDOW + 2, "end": False, "log": True},
 }
 FIRST_LOG = 3 * WINDOW + 2  # of that one
@@ -138,19 +143,27 @@ def test_a_stop_that_was_to_be_of_one_rank_waits_where_the_others_have_not_heard
 def train(rank: int, folder: str, name: str, *, stop: bool, at: int, end: bool, log: bool) -> dict[str, Any]:
     """Train under DDP; on rank 1 the loss that is logged becomes NaN in step `at`; windows meet at the `end` too.
 
-    Without `log` nothing is logged, and the loss itself is NaN on both."""
+    Without `log` nothing is logged, and the loss itself is NaN on both, or an alarm comes on rank 1 alone."""
     for module in (single_steps, logged):
         module.PROMPT = 0.0  # every step takes longer than numbers wait
+    appointment._EVERY = appointment._AHEAD = 2
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     heard: list[AlarmEvent] = []
     alarms = Alarms(on_event=heard.append, stop=stop)
     metrics = [lipcore.Trajectory()]
-    made: dict[str, Any] = {"metrics": metrics, "run": f"{folder}/{name}", "window_steps": WINDOW, "alarms": alarms}
-    found: dict[str, Any] = {"steps": 0, "stopped": None}
+    made: dict[str, Any] = {"metrics": metrics, "window_steps": WINDOW, "alarms": alarms, "timeout": 0.5}
+    if name == "no watch":
+        opened = lipcore.Monitor(model, optimizer, **made)
+    else:
+        opened = lipcore.watch(model, optimizer, run=f"{folder}/{name}", **made)
+    found: dict[str, Any] = {"steps": 0, "stopped": None, "told": []}
+    lipcore_warnings = warnings.catch_warnings(record=True)
+    told = lipcore_warnings.__enter__()
+    warnings.simplefilter("always")
     try:
-        with lipcore.watch(model, optimizer, **made) as monitor:
+        with opened as monitor:
             for step in range(1, STEPS + 1):
                 found["steps"] = step
                 loss = model(torch.randn(6, 4)).square().mean()
@@ -159,6 +172,12 @@ def train(rank: int, folder: str, name: str, *, stop: bool, at: int, end: bool, 
                         alarms._tell(event(step, "total"))
                     if step >= FIRST_LOG:
                         monitor.log(loss=loss)
+                elif name.startswith("batches"):
+                    if step == at and rank == 1:
+                        alarms._tell(event(step, "total"))
+                    if rank == 1 or name == "batches":
+                        monitor.pop_window()
+                        monitor.log_batch(torch.arange(6))
                 elif log:
                     monitor.log(loss=loss * (float("nan") if rank == 1 and step == at else 1))
                 else:
@@ -172,6 +191,10 @@ def train(rank: int, folder: str, name: str, *, stop: bool, at: int, end: bool, 
                 monitor.global_window()
     except AlarmStop as error:
         found["stopped"] = [error.event.step, error.event.rank]
+    lipcore_warnings.__exit__(None, None, None)
+    found["told"] = [str(one.message) for one in told if "could not stop" in str(one.message)]
+    if name == "no watch":
+        return found
     run = lipcore.open_run(f"{folder}/{name}", rank)
     return found | {
         "own": [one.step for one in alarms.events],
@@ -218,10 +241,27 @@ def test_no_rank_stops_alone_for_an_alarm_behind_the_last_merged_window(found: d
 
 
 @pytest.mark.ci
-def test_ranks_that_never_log_stop_each_for_itself_before_the_end(found: dict[str, list[dict[str, Any]]]) -> None:
-    one, other = found["never logs"]
-    assert one["stopped"] == other["stopped"] == [AT, None]
-    assert max(one["steps"], other["steps"]) <= 2 * WINDOW + 2
+@pytest.mark.parametrize(("name", "rank"), [("never logs", 0), ("batches", 1), ("no watch", 1)])
+def test_ranks_that_merge_no_windows_stop_together_too(
+    found: dict[str, list[dict[str, Any]]], name: str, rank: int
+) -> None:
+    """They do so in a call that one of them has appointed, whatever else each calls before."""
+    one, other = found[name]
+    assert one["stopped"] == other["stopped"] == [AT, rank]
+    assert one["steps"] == other["steps"] < STEPS
+    assert not one["told"] + other["told"]
+
+
+@pytest.mark.ci
+def test_a_rank_whose_others_do_not_come_goes_on(found: dict[str, list[dict[str, Any]]]) -> None:
+    """They would wait for it; it says what to do."""
+    one, other = found["batches of one"]
+    assert one["stopped"] is other["stopped"] is None
+    assert one["steps"] == other["steps"] == STEPS
+    assert not one["told"]
+    assert len(other["told"]) == 1
+    assert "rank 1 has waited 0.5 s for rank 0" in other["told"][0]
+    assert "or pass group=None" in other["told"][0]
 
 
 @pytest.mark.ci

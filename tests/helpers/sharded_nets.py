@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -14,3 +16,14 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.last(torch.tanh(self.first(x)))
         return found
+
+
+def sharded(model: Any, **settings: Any) -> Any:
+    """Shard a model and those of its children that have parameters, over the one rank that there is."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    for module in (*(m for m in model.children() if list(m.parameters())), model):
+        fully_shard(module, mesh=mesh, **settings)
+    return model

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import sharded_nets
 import torch
 from sharded_nets import Net
 from torch import nn
@@ -25,17 +26,9 @@ def group() -> Iterator[None]:
 
 
 def made(*, chain: bool, sharded: bool = True, kind: type[nn.Module] = Net) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     torch.manual_seed(0)
-    model: Any = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)) if chain else kind()
-    if sharded:
-        mesh = init_device_mesh("cpu", (1,))
-        for module in (*(m for m in model.children() if list(m.parameters())), model):
-            fully_shard(module, mesh=mesh)
-    found: nn.Module = model
-    return found
+    model: nn.Module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)) if chain else kind()
+    return sharded_nets.sharded(model) if sharded else model
 
 
 def constant(monitor: Monitor, model: nn.Module) -> Any:

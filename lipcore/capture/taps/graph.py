@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 from lipcore.models.outputs import nodes_before
 
@@ -12,6 +11,7 @@ _OF_SHARDING = "RegisterPostBackwardFunctionBackward"  # what fully_shard() puts
 
 #: Names of operations, which of their inputs depend on parameters or other leaves, and how often each is there.
 Operations = frozenset[tuple[tuple[str, tuple[bool, ...]], int]]
+Edges = tuple[tuple[Any, int], ...]
 
 
 def goes_past(output: Any, source: Any, layer: Any) -> bool:
@@ -27,32 +27,87 @@ def operations_of(output: Any, without: Collection[Any] = ()) -> Operations:
     Args:
         without: nodes of leaves that do not count, nor do operations that depend on them alone.
     """
+    return _but(output, without) if without else _all(output)
+
+
+def _all(output: Any) -> Operations:
+    """Return them where all leaves count. Asked in every pass, of thousands of nodes, so each is asked for its inputs
+    once, its type for the rest, and leaves, a third of them, for nothing."""
+    seen: set[Any] = set()
+    found: dict[tuple[str, tuple[bool, ...]], int] = {}
+    kinds, ends, node, todo = _kinds, _ends, output, [None]
+    while todo:
+        while type(node) not in ends and node not in seen:
+            seen.add(node)
+            edges = node.next_functions
+            if len(edges) == 1:
+                node = edges[0][0]
+                continue
+            name, counts, is_leaf, is_own = kinds.get(type(node)) or _kind_of(node)
+            todo += [edge[0] for edge in edges]
+            if counts and edges:
+                key = name or node.name(), tuple([edge[0] is not None for edge in edges])
+                found[key] = found.get(key, 0) + 1
+            elif (is_own and not any(_is_of_model(edge[0]) for edge in edges)) or not (edges or is_leaf):
+                return _but(output, ())  # gradients begin there, of which none is a parameter's
+            break
+        node = todo.pop()
+    return frozenset(found.items())
+
+
+def _but(output: Any, without: Collection[Any]) -> Operations:
+    """Return them where some leaves do not count."""
     depends: dict[Any, bool] = {None: False} | dict.fromkeys(without, False)
-    inputs: dict[Any, list[Any]] = {}
-    found: Counter[tuple[str, tuple[bool, ...]]] = Counter()
+    inputs: dict[Any, Edges] = {}
+    found: dict[tuple[str, tuple[bool, ...]], int] = {}
     todo = [output]
     while todo:
         node = todo[-1]
         if node in depends:
             todo.pop()
             continue
-        before = inputs.get(node)
-        if before is None:
-            before = inputs[node] = [each for each, _ in node.next_functions]
-            todo += [each for each in before if each not in depends]
+        edges = inputs.get(node)
+        if edges is None:
+            edges = inputs[node] = node.next_functions
+            todo += [edge[0] for edge in edges if edge[0] not in depends]
             continue
-        todo.pop()
-        if len(before) < 2:
-            depends[node] = depends[before[0]] if before else hasattr(node, "variable")
+        kind = _kinds.get(type(node)) or _kind_of(node)
+        if len(edges) < 2:
+            depends[node] = depends[edges[0][0]] if edges else kind.is_leaf
             continue
-        own = _is_own(node)
-        which = tuple(depends[each] and not (own and hasattr(each, "variable")) for each in before)
+        which = tuple([depends[each] and (not kind.is_own or _is_of_model(each)) for each, _ in edges])
         depends[node] = any(which)
-        if depends[node] and not own and node.name() != _OF_SHARDING:
-            found[node.name(), which] += 1
+        if kind.counts and depends[node]:
+            key = kind.name or node.name(), which
+            found[key] = found.get(key, 0) + 1
     return frozenset(found.items())
 
 
-def _is_own(node: Any) -> bool:
+def _is_of_model(node: Any) -> bool:
+    """Return whether an input of one of lipcore's nodes is the model's: leaves there are lipcore's own."""
+    return node is not None and not hasattr(node, "variable")
+
+
+class _Kind(NamedTuple):
+    """What is so of all nodes of a type."""
+
+    name: str  #: "" where each of them has its own
+    counts: bool
+    is_leaf: bool
+    is_own: bool
+
+
+_kinds: dict[type, _Kind] = {}  # of torch's own nodes: types of Functions may come and go
+_ends: set[type] = {type(None)}  # of leaves, and of no node
+
+
+def _kind_of(node: Any) -> _Kind:
     function = getattr(node, "_forward_cls", None)
-    return str(getattr(function, "__module__", "")).split(".")[0] == "lipcore"
+    own, name = str(getattr(function, "__module__", "")).split(".")[0] == "lipcore", node.name()
+    kind = _Kind(
+        name if name == type(node).__name__ else "", not own and name != _OF_SHARDING, hasattr(node, "variable"), own
+    )
+    if function is None:
+        _kinds[type(node)] = kind
+        _ends.update([type(node)] * kind.is_leaf)
+    return kind

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from lipcore.capture.identity import Alias
 from lipcore.capture.own_nodes import counted, note_begun
+from lipcore.models.outputs import gradient_node
 
 
 @counted
@@ -22,11 +22,16 @@ def alias_of(x: Tensor, anchor: Tensor) -> Tensor:
 
 
 class Source:
-    """The tensor that a pass is differentiated by, and whether a layer was given that very tensor."""
+    """The tensor that a pass is differentiated by, and whether a layer was given that very tensor.
 
-    __slots__ = ("_tensor", "_version")
+    Attributes:
+        places: in how many places of the model's arguments it stands.
+    """
 
-    def __init__(self, tensor: Tensor) -> None:
+    __slots__ = ("_tensor", "_version", "places")
+
+    def __init__(self, tensor: Tensor, places: int = 1) -> None:
+        self.places = places
         self._tensor = tensor
         self._version = tensor._version
 
@@ -49,7 +54,7 @@ class Source:
     @property
     def node(self) -> Any:
         """The node of a graph that the gradient at the tensor comes to; None where it requires none."""
-        return get_gradient_edge(self._tensor).node if self._tensor.requires_grad else None
+        return gradient_node(self._tensor)
 
     @property
     def changed(self) -> bool:

@@ -230,7 +230,8 @@ class InputHook:
             return True
         layer = self._first.module if compiled and self._first is not None else None
         layers = () if layer is None else (layer,)
-        found = trial(Question(self._model, self.at, x, arguments, keywords, self._pick, layers))
+        choose = None if x is None else self.tap.choose
+        found = trial(Question(self._model, self.at, choose, arguments, keywords, self._pick, layers))
         if found.exchanges:
             self._collector.fail(ValueError(EXCHANGES))
             return False
@@ -335,6 +336,11 @@ class InputHook:
                 self._look(under_way)
         except Exception as error:
             self._give_up(error)
+
+    @property
+    def before_casts(self) -> Callable[..., None] | None:
+        """What a sharded model's input is looked at by before fully_shard() casts it; None where nothing is."""
+        return self._sharded.count_places if self._sharded is not None and self.at is self._model else None
 
     @property
     def is_sharded(self) -> bool:

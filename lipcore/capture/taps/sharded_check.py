@@ -29,9 +29,10 @@ from lipcore.capture.taps.trial import Question, Trial, all_but, trial, two_of
 from lipcore.models.affine import is_affine
 from lipcore.models.chains import FIRST_LAYER_TYPES
 from lipcore.models.gathered import let_go, nothing_reduced
+from lipcore.models.inputs import places_of
 from lipcore.models.names import class_before_sharding, named_modules
 from lipcore.models.restored import all_put_back
-from lipcore.models.torch_internals import has_backward_hooks
+from lipcore.models.torch_internals import has_backward_hooks, is_compiled
 
 _EARLY, _LONGEST = (1, 2, 4), 4096  # passes; behind them 64, 128, 256 ... and every 4096th
 _ALONE = (
@@ -52,11 +53,21 @@ _NOT_PLAIN = (
 )
 #: Why a proof does not hold any more.
 OTHER_OPERATIONS = (
-    "a pass has done other operations than that of monitor.prove(batch), which has shown that the output depends on "
-    "the input by way of the first layer alone: call it again on all ranks, of the model as it is now, or name the "
-    "layer that lambda is to be at, input='<module>'"
+    "a pass has done other operations than that of monitor.prove(batch), or had the input in more places of its "
+    "arguments, and that has shown that the output depends on the input by way of the first layer alone: call it again "
+    "on all ranks, of the model as it is called now, or name the layer that lambda is to be at, input='<module>'"
+)
+#: Why there is no proof, and no lambda, where parts of a sharded model are compiled.
+COMPILED = (
+    "the model's parameters are sharded over ranks (fully_shard) and parts of it are compiled: W_1 is there as a whole "
+    "inside of the training's own backward pass alone, and nothing shows there that it stands alone on the input; "
+    "lipcore.local_lipschitz on a copy that is not sharded, and not compiled, gives lambda at any points"
 )
 _OTHER_RANKS = "another rank was given a batch on which there is nothing to prove"
+_CAST_APART = (
+    "the input stands in more than one place of the model's arguments, and fully_shard() casts each of these to a "
+    "tensor of its own (MixedPrecisionPolicy), so that no gradient is that at the input; pass it once"
+)
 _MIXES = "the output of a sample depends on other samples of the batch"
 _VECTOR = "not compared with the gradients of single samples: the output has several values per sample"
 _MIXED = "not compared with the gradients of single samples: the batch mixes them"
@@ -83,7 +94,7 @@ class ShardedCheck:
         self.passes = 0
         self._asked = self._proofs = 0
         self._look: Look | None = None
-        self._proved: set[Operations] = set()
+        self._proved: set[tuple[Operations, int]] = set()  # and in how many places the input stood
 
     @staticmethod
     def _is_due(number: int) -> bool:
@@ -146,7 +157,8 @@ class ShardedCheck:
         """
         if not isinstance(output, Tensor) or output.grad_fn is None:
             return
-        if operations_of(output.grad_fn, () if x is None else (x.node,)) not in self._proved:
+        node, places = (None, 1) if x is None else (x.node, x.places)
+        if (operations_of(output.grad_fn, () if node is None else (node,)), places) not in self._proved:
             self._tap.refuse(OTHER_OPERATIONS)
 
     def prove(
@@ -171,12 +183,16 @@ class ShardedCheck:
         proof, off = f"asked/{self._proofs}", tap.off
         tap.off = ""
         try:
-            x = tap.choose(arguments, keywords) if at is self._model else None
-            if x is None and at is self._model:  # integers: numbers are those of an Embedding's output, by its gradient
+            if any(map(is_compiled, self._model.modules())):
+                raise ValueError(COMPILED)
+            choose = tap.choose if at is self._model else None
+            x = None if choose is None else choose(arguments, keywords)
+            if choose is not None and x is None:  # integers: numbers are by the gradient at an Embedding's output
                 return ""
+            places = 1 if x is None else places_of(x, arguments, keywords)
             layers = [m for _, m in named_modules(self._model) if isinstance(m, FIRST_LAYER_TYPES)]
             asked = Question(
-                self._model, at, x, arguments, keywords, pick, tuple(layers) if first is None else (first,)
+                self._model, at, choose, arguments, keywords, pick, tuple(layers) if first is None else (first,)
             )
             found = self._tried(asked, proof)
         except Exception as error:
@@ -187,12 +203,14 @@ class ShardedCheck:
             for part in (f"{proof}/forward", proof):
                 self.ranks.miss(part)
             let_go(self._model)
+        if places != found.places and not found.refusal:
+            found = found._replace(refusal=_CAST_APART)
         plain = not found.past and found.layer is not None and is_affine(found.layer, sharded=True)
         tap.off = found.refusal or ("" if plain else why_not_alone(found.layer))
         if tap.off:
-            self._proved.discard(found.operations)
+            self._proved.discard((found.operations, found.places))
             return tap.off
-        self._proved.add(found.operations)
+        self._proved.add((found.operations, found.places))
         tap.allow()
         self.start()
         tap.mixing = tap.mixing or found.mixes

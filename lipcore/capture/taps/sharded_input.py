@@ -3,7 +3,9 @@ in, and the first layer's weight alone gives numbers, where nothing else leads p
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,11 +13,12 @@ from torch import nn
 
 from lipcore.capture.taps.collector import Collector, MicroBatch
 from lipcore.capture.taps.input_alias import Source
-from lipcore.capture.taps.sharded_check import ShardedCheck, why_not_alone
+from lipcore.capture.taps.sharded_check import COMPILED, ShardedCheck, why_not_alone
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
 from lipcore.capture.training_pass import in_backward, is_plain_run
 from lipcore.models.chains import modules_in_order
+from lipcore.models.inputs import places_of
 
 SHARDED = (
     "the model's parameters are sharded over ranks (fully_shard, tensor parallel), and are there as a whole in the "
@@ -32,6 +35,12 @@ _NOT_PROVED = (
     "input by way of the first layer alone, as it does in an nn.Sequential of torch's own layers: call "
     "monitor.prove(batch) on all ranks, or name the layer that lambda is to be at, input='<module>'"
 )
+
+
+class _Call(threading.local):
+    """The call of the model under way in this thread."""
+
+    places = 1  # of its arguments that hold the input
 
 
 class ShardedInput:
@@ -58,6 +67,7 @@ class ShardedInput:
         self._tap, self._model, self._at = tap, model, at
         self._first, self._last, self._pick = first, last, pick
         self._check = ShardedCheck(model, tap, collector)
+        self._now = _Call()
         self._stands_alone = self._is_alone()
         if self._stands_alone:
             self._check.ranks.announce(1)  # the first pass may gather nothing, and so wait for no other rank
@@ -82,13 +92,23 @@ class ShardedInput:
                 x = tap.choose(arguments, keywords)
                 if x is None:
                     return
-                micro.sources[tap] = Source(x)
+                micro.sources[tap] = Source(x, self._now.places)
             if compiled:
-                tap.refuse(SHARDED)
+                tap.refuse(COMPILED)
             elif not tap.stands_alone:
                 tap.refuse(_NOT_PROVED)
         except Exception as error:
             tap.refuse(str(error))
+
+    def count_places(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Count the places of the input among the arguments of the model's call, before fully_shard() casts each to a
+        tensor of its own."""
+        self._now.places = 1
+        if not self._check.is_proved or torch.compiler.is_compiling():
+            return
+        with suppress(Exception):  # which begin() meets too
+            x = self._tap.choose(arguments, keywords)
+            self._now.places = 1 if x is None else places_of(x, arguments, keywords)
 
     def enter(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Begin the forward pass of a module inside the model."""

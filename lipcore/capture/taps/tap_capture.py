@@ -139,6 +139,8 @@ class Capture:
             self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=self._compiled or bool(self._inputs))
         )
         for at in self._inputs:
+            if at.before_casts is not None:
+                handles.append(self.model.register_forward_pre_hook(at.before_casts, prepend=True, with_kwargs=True))
             if at.at is not self.model:
                 handles.append(at.at.register_forward_pre_hook(at.enter, with_kwargs=True))
         for target, hook in self._hooks.items():

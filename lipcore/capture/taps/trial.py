@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,8 @@ from lipcore.capture.taps.graph import Operations, goes_past, operations_of
 from lipcore.capture.taps.input_alias import Source
 from lipcore.capture.training_pass import in_backward
 from lipcore.models.gathered import kept_gathered, nothing_reduced
-from lipcore.models.inputs import exchanged
-from lipcore.models.outputs import nodes_before
+from lipcore.models.inputs import exchanged, places_of
+from lipcore.models.outputs import gradient_node, nodes_before
 from lipcore.models.pause import paused
 from lipcore.models.ranks import EXCHANGES, Communicates, without_communication
 from lipcore.models.restored import RandomPass, all_put_back, without_cached_casts
@@ -28,6 +28,7 @@ NOT_DIFFERENTIABLE = (
     "the output does not depend on the input through differentiable operations (torch.no_grad, detach or rounding lie "
     "between); name a layer behind them: input='<module>'"
 )
+_EMPTY = "the batch has no samples"
 _OTHERS = "another rank runs no such passes: its batch or its graph does not allow them"
 REENTRANT = "reentrant checkpoints cannot be differentiated by the input; use checkpoint(..., use_reentrant=False)"
 
@@ -45,6 +46,7 @@ class Trial(NamedTuple):
     past: bool = True  #: the layer that was asked about is not all that the output depends on the input by
     layer: nn.Module | None = None  #: of those that were asked about, the first that ran
     operations: Operations = frozenset()  #: of a sharded model, but those that depend on the input alone
+    places: int = 1  #: of the model's arguments that hold the input
 
 
 class Question(NamedTuple):
@@ -52,7 +54,9 @@ class Question(NamedTuple):
 
     model: nn.Module
     at: nn.Module  #: the module whose input it is to be differentiated by
-    x: Tensor | None  #: that input, where it is the model's own
+    #: Where that is the model itself, returns the input that is meant of what its forward pass is given, which hooks
+    #: may have cast or moved (fully_shard() does); None: the first.
+    choose: Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] | None
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     pick: Callable[[Any], Any]  #: returns the tensor of the model's output that is meant
@@ -121,7 +125,7 @@ def _bare(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _unnoticed(model: nn.Module, *, together: bool) -> Iterator[None]:
-    alone = [nothing_reduced(model)] if together else [kept_gathered(model), without_communication()]
+    alone = [] if together else [kept_gathered(model), without_communication()]
     with ExitStack() as stack:
         for each in alone:
             stack.enter_context(each)
@@ -149,13 +153,15 @@ def _run(asked: Question) -> Trial:
     def replace(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if points and in_backward() == -1:
             return None
-        old: Tensor = asked.x if asked.x is not None else given[0] if given else next(iter(named.values()))
+        old = asked.choose(given, named) if asked.choose else given[0] if given else next(iter(named.values()))
+        if old is None:
+            return None
         if not points:
             points.append(old.detach().clone().requires_grad_())
         copy = points[0].clone()  # no leaf: the model may work on it in place
         copy.__dict__.update(old.__dict__)
         if not sources:
-            sources.append(Source(copy))
+            sources.append(Source(copy, places_of(old, given, named)))
         return exchanged(given, old, copy, undo), exchanged(named, old, copy, undo)
 
     def ran(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
@@ -170,7 +176,8 @@ def _run(asked: Question) -> Trial:
     handles += [layer.register_forward_hook(ran) for layer in asked.layers]
     try:
         returned = _bare(asked.model)(*asked.arguments, **asked.keywords)
-        return _found(asked, returned, points, layers)
+        found = _found(asked, returned, points, layers)
+        return found._replace(places=sources[0].places) if sources else found
     finally:  # a checkpoint has run forward again by now
         for handle in handles:
             handle.remove()
@@ -185,13 +192,14 @@ def _found(asked: Question, returned: Any, points: list[Tensor], layers: list[_R
     if isinstance(output, Trial):
         return output
     alone = bool(layers) and layers[0].on_input and [ran.layer for ran in layers].count(layers[0].layer) == 1
-    past = not alone or goes_past(output.grad_fn, _accumulates(points[0]), layers[0].node)
+    past = not alone or goes_past(output.grad_fn, gradient_node(points[0]), layers[0].node)
     layer_rows = layers[0].rows if layers else 0
     layer = layers[0].layer if layers else None
     made_of: Operations = frozenset()
     if asked.agree is not None:
-        made_of = operations_of(output.grad_fn, (_accumulates(points[0]),))
-    found = _differentiated(output, points[0])
+        made_of = operations_of(output.grad_fn, (gradient_node(points[0]),))
+    with nothing_reduced(asked.model) if asked.agree is not None else nullcontext():
+        found = _differentiated(output, points[0])
     return found._replace(past=past, rows=len(points[0]), layer_rows=layer_rows, layer=layer, operations=made_of)
 
 
@@ -207,11 +215,9 @@ def _picked(asked: Question, returned: Any, points: list[Tensor]) -> Any:
         return Trial(NOT_DIFFERENTIABLE)
     if any(map(is_reentrant_checkpoint, nodes_before([output.grad_fn]))):
         return Trial(REENTRANT)
-    return output if output.dim() == 0 or len(output) else Trial()
-
-
-def _accumulates(leaf: Tensor) -> Any:
-    return torch.autograd.graph.get_gradient_edge(leaf).node
+    if output.dim() and not len(output):
+        return Trial(_EMPTY if asked.agree is not None else "")
+    return output
 
 
 def _differentiated(output: Tensor, point: Tensor) -> Trial:
