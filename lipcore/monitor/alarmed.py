@@ -1,4 +1,4 @@
-"""What a Monitor with alarms does beside an engine: steps are looked at, snapshots written, and ranks stopped together."""
+"""What a Monitor with alarms does beside an engine: steps looked at, snapshots written, ranks stopped together."""
 
 from __future__ import annotations
 
