@@ -1,4 +1,4 @@
-"""The hooks of an engine: what is registered on the model, its parameters and the optimizers, as the metrics want it."""
+"""The hooks of an engine: what is registered on model, parameters and optimizers, as the metrics want it."""
 
 from __future__ import annotations
 

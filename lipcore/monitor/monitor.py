@@ -264,7 +264,6 @@ class Monitor(Alarmed):
                 "monitor.log() on every rank at the same steps, or pass group=None"
             )
 
-
     def _results_at_close(self) -> dict[str, MetricResult]:
         """Measure the fixed points, and read what was logged."""
         logged = self._logged.result(self._windows.begin + 1, self._windows.step)

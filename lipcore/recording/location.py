@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -28,7 +29,8 @@ def record_path(run: str | os.PathLike[str], rank: int) -> Path:
         raise RecordError(f"run: {folder} cannot be made ({error.strerror}); choose another folder") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise RecordError(f"run: {folder} cannot be written to; choose another folder")
-    return folder / f"rank{rank}{SUFFIX}"
+    # Absolute, since the loop may go to another folder, and without links, by which a file would be written twice.
+    return folder.resolve() / f"rank{rank}{SUFFIX}"
 
 
 def checked_folder(run: str | os.PathLike[str]) -> Path:
@@ -69,15 +71,15 @@ _held: set[Path] = set()  # by this process, in which the locks below would let 
 
 
 class Hold:
-    """The right of this process to write a record; no other process gets it until close().
+    """The right of this process to write a record; no other process gets it until close(), where the file system has
+    locks.
 
     Raises:
-        RecordError: another writer has it, in this process or in another.
+        RecordError: another writer has it, in this process or in another; its file cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path.absolute().with_name(path.name + "-writer")
-        self._file: int | None = None
+        self._path = _lock_of(path)
         if self._path in _held:
             raise RecordError(
                 f"run: {path} cannot be written twice: a Monitor of this process writes it already. Call its close() "
@@ -85,37 +87,67 @@ class Hold:
                 "`callback.monitor`), or, where it is out of reach, end this process; or choose another folder"
             )
         try:
-            import fcntl
-        except ImportError:  # a system without such locks
-            return
-        # Not of the database's own file: closing that would drop the locks that SQLite has on it.
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.read(self._file, 32).decode(errors="replace") or "unknown"
-            os.close(self._file)
-            self._file = None
+            self._file = _locked(self._path)
+        except BlockingIOError as error:
             raise RecordError(
-                f"run: {path} is being written by another process (number {owner}); choose another folder, or end that"
+                f"run: {path} is being written by another process (number {error.strerror}); choose another folder, or "
+                "end that"
             ) from None
-        os.ftruncate(self._file, 0)
-        os.write(self._file, str(os.getpid()).encode())
+        except OSError as error:
+            raise RecordError(f"run: {self._path} cannot be made ({error.strerror}); choose another folder") from error
         _held.add(self._path)
 
     def close(self) -> None:
         """Give it back."""
+        _held.discard(self._path)
         if self._file is not None:
-            _held.discard(self._path)
             with contextlib.suppress(OSError):
                 self._path.unlink()
             os.close(self._file)
             self._file = None
 
 
+def _lock_of(path: Path) -> Path:
+    """Return the file whose lock is the right to write a record. Not the database's own: closing that would drop the
+    locks that SQLite has on it."""
+    return path.resolve().with_name(path.name + "-writer")
+
+
+def _locked(path: Path) -> int | None:
+    """Make and lock a file, which holds this process's number; return its descriptor, or None where there are no locks.
+
+    Raises:
+        BlockingIOError: another process has the lock; its text is that process's number.
+        OSError: the file cannot be made.
+    """
+    try:
+        import fcntl
+    except ImportError:  # a system without such locks
+        return None
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(file, 32).decode(errors="replace") or "unknown"
+            os.close(file)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise BlockingIOError(error.errno, owner) from None
+            return None  # file systems of clusters may have no locks
+        try:
+            if os.fstat(file).st_nlink:
+                os.ftruncate(file, 0)
+                os.write(file, str(os.getpid()).encode())
+                return file
+        except OSError:
+            os.close(file)
+            raise
+        os.close(file)  # whoever had it has removed it meanwhile: a lock of a file that nobody else will find
+
+
 def being_written(path: Path) -> bool:
     """Say whether a process, this one or another, has the right to write a record now."""
-    lock = path.absolute().with_name(path.name + "-writer")
+    lock = _lock_of(path)
     if lock in _held:  # not by the lock: to close its file here would give it back
         return True
     try:

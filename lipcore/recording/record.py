@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +18,10 @@ import numpy as np
 from lipcore.metric.results import Window
 from lipcore.metric.values import LEVELS, Level
 from lipcore.models.arguments import check_choice, check_count
-from lipcore.recording.backup import copy_file, copy_record
+from lipcore.recording.backup import NetworkCopy, backup
 from lipcore.recording.batches import KEPT, Batch, add_batches, forget_norms, make_table
 from lipcore.recording.excerpt import write_excerpt
-from lipcore.recording.location import Hold, local_copy, of_a_network, record_path
+from lipcore.recording.location import Hold, of_a_network, record_path
 from lipcore.recording.pack import kept_places
 from lipcore.recording.record_tables import RecordTables
 from lipcore.recording.schema import RecordError, connect
@@ -30,13 +32,16 @@ from lipcore.report.source import StepTime
 RecordLevel = Literal["group", "tensor"]
 MAX_BYTES = 2 << 30
 _DETAIL_SHARE = 8  # of `max_bytes`, the part that the last steps of single parameters may take
+_AGAIN = 60.0  # seconds after a failure until writing is tried again
+_ADD_EVENT = "insert into events(step, wall, kind, text, data) values(?, ?, ?, ?, ?)"
 
 
 class RunRecord:
     """A record of one process's part of a run, in ``<run>/rank<rank>.lipcore``.
 
     What is written goes to a thread of its own; :meth:`flush` waits until it is in the file. Where writing fails (a
-    full disk), the rest of the run is not recorded and :attr:`failed` says why: nothing is raised.
+    full disk), :attr:`failed` says why, and nothing is raised; a minute later it is tried again, and where it works the
+    record goes on, with an event "gap".
 
     Args:
         run: folder of the run, which is made where it does not exist.
@@ -68,36 +73,50 @@ class RunRecord:
         self.path = record_path(run, rank)
         self._limit = max_bytes
         self._hold = Hold(self.path)
-        self._network = of_a_network(self.path.parent)
-        self._file = local_copy(self.path) if self._network else self.path
-        self.failed = ""  #: why nothing is written any more
+        self._network: NetworkCopy | None = None
+        self.failed, self._again = "", 0.0  #: why nothing is written, and when that is tried again
         try:
-            if self._network and self.path.exists():
-                copy_file(self.path, self._file)
-            self._connection = connect(self._file, write=True)
-            self._check_model(model)
-            make_table(self._connection)
+            self._open(model)
         except Exception:
             self._hold.close()
             raise
-        self._tables = RecordTables(self._connection, self.path, self.levels, self.config, max_bytes)
+        copy = backup if self._network is None else self._network.copy
+        self._tables = RecordTables(self._connection, self.path, copy, self.levels, self.config, max_bytes)
         self._known = {row[0] for row in self._connection.execute("select distinct quantity from steps")}
         self._closed = False
         self._process = os.getpid()
         self._thread = WriteThread(self._connection, self._has_failed)
         atexit.register(self.close)  # a loop that raises ends no Monitor
 
+    def _open(self, model: str) -> None:
+        try:
+            if of_a_network(self.path.parent):
+                self._network = NetworkCopy(self.path)
+        except OSError as error:
+            raise RecordError(f"{self.path}: cannot be read ({error}); choose another folder") from error
+        self._connection = connect(self.path if self._network is None else self._network.file, write=True)
+        try:
+            self._check_model(model)
+            make_table(self._connection)
+        except Exception:
+            self._connection.close()
+            raise
+
     @property
     def older(self) -> str:
-        """Name that an older run's file was given."""
+        """Name that an older run's file was given; "" where there was none."""
         return self._tables.older
+
+    @property
+    def behind(self) -> str:
+        """Reason why the file of a network's file system is older than the record; "" where it is not."""
+        return "" if self._network is None else self._network.behind
 
     def _check_model(self, model: str) -> None:
         row = self._connection.execute("select value from meta where key = 'model'").fetchone()
         if row is None:
             self._connection.execute("insert into meta values('model', ?)", (model,))
         elif row[0] != model:
-            self._connection.close()
             raise RecordError(
                 f"run: {self.path} is the record of another model (its parameters have other names or shapes); choose "
                 "another folder"
@@ -111,7 +130,7 @@ class RunRecord:
         A run that begins anew, at step 0, where the file has an older one, gets a file of its own; the older one is
         kept beside it."""
         wall = time.time()
-        self._put(lambda: self._tables.begin(step, wall), alone=True)
+        self._put(lambda: self._tables.begin(step, wall), alone=True, must=True)
 
     def add_steps(
         self,
@@ -163,7 +182,7 @@ class RunRecord:
 
     def forget_norms(self, after: int) -> None:
         """Forget the gradient norms of samples of later steps than this."""
-        self._put(lambda: forget_norms(self._connection, after))
+        self._put(lambda: forget_norms(self._connection, after), must=True)
 
     def add_window(self, window: Window) -> None:
         """Add a closed window."""
@@ -177,22 +196,21 @@ class RunRecord:
     def add_event(self, step: int, kind: str, text: str, data: Mapping[str, Any] | None = None) -> None:
         """Add something that happened at a step."""
         row = (step, time.time(), kind, text, json.dumps(dict(data or {}), default=str))
-        self._put(lambda: self._tables.add_event(*row), soon=True)
+        self._put(
+            lambda: self._connection.execute(_ADD_EVENT, row),
+            soon=True,
+        )
 
     def flush(self, timeout: float = 60.0) -> bool:
         """Wait until everything so far is in the file; return False where it is not after so many seconds, or writing
         has failed."""
         if self._process != os.getpid() or self._closed:
-            return not self.failed
-        done = threading.Event()
-
-        def last() -> None:
-            if self._network:
-                copy_record(self._connection, self.path)
-
-        self._put(last, alone=True)
+            return not (self.failed or self.behind)
+        done, network = threading.Event(), self._network
+        if network is not None:
+            self._put(lambda: network.publish(self._connection), alone=True)
         self._put(done.set, soon=True, always=True)
-        return done.wait(timeout) and not self.failed
+        return done.wait(timeout) and not (self.failed or self.behind)
 
     def write_excerpt(self, target: Path, timeout: float = 60.0) -> None:
         """Write the last 512 steps to another file, and wait until it is there, which may be after close() too.
@@ -240,20 +258,46 @@ class RunRecord:
         self._closed = True
         atexit.unregister(self.close)
         self._thread.end(60.0)
+        with contextlib.suppress(sqlite3.Error):  # while somebody reads, say
+            # One file, which can be read where nothing may be written beside it.
+            self._connection.execute("pragma busy_timeout = 0")
+            self._connection.execute("pragma journal_mode = delete")
         self._connection.close()
         self._hold.close()
-        if self._network:
-            self._file.unlink(missing_ok=True)
+        if self._network is not None:
+            self._network.close()
 
     def _put(
-        self, work: Callable[[], object], *, soon: bool = False, alone: bool = False, always: bool = False
+        self,
+        work: Callable[[], object],
+        *,
+        soon: bool = False,
+        alone: bool = False,
+        always: bool = False,
+        must: bool = False,
     ) -> None:
-        if self._closed or (self.failed and not always) or self._process != os.getpid():  # a forked child
+        if self._closed or self._process != os.getpid():  # a forked child
             return
-        self._thread.put(work, soon=soon, alone=alone, always=always)
+        if self.failed and not (always or must):
+            now = time.monotonic()
+            if now >= self._again:
+                self._again = now + _AGAIN
+                self._thread.put(self._mend, mends=True)
+            return
+        self._thread.put(work, soon=soon, alone=alone, always=always, must=must)
+
+    # ---- the thread
 
     def _has_failed(self, error: Exception) -> None:
         self.failed = self.failed or f"{self.path}: {type(error).__name__}: {error}"
+        self._again = time.monotonic() + _AGAIN
+
+    def _mend(self) -> None:
+        """Write that there is a gap, and go on."""
+        self._tables.look_again()
+        text = f"steps behind this one are missing: they could not be written ({self.failed})"
+        self._connection.execute(_ADD_EVENT, (self._tables.last(), time.time(), "gap", text, "{}"))
+        self.failed = ""
 
 
 def checked_config(config: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 
 from lipcore.metric.results import Window
 from lipcore.metric.values import Level
-from lipcore.recording.backup import copy_record
 from lipcore.recording.batches import forget_details
 from lipcore.recording.folding import fold_oldest, used_bytes
 from lipcore.recording.pack import PackedWindow, packed_steps, places_of, unpacked_steps
@@ -28,6 +27,7 @@ class RecordTables:
     Args:
         connection: to the file.
         path: of the record, beside which an older run's is kept.
+        copy: copies what there is to another file.
         levels: of the places of windows that are written.
         config: facts about the run, as JSON has them.
         max_bytes: where the file grows beyond, older steps are folded.
@@ -40,23 +40,29 @@ class RecordTables:
         self,
         connection: sqlite3.Connection,
         path: Path,
+        copy: Callable[[sqlite3.Connection, Path], None],
         levels: tuple[Level, ...],
         config: Mapping[str, Any],
         max_bytes: int,
     ) -> None:
         self._connection, self._path, self._levels = connection, path, levels
-        self._config, self._limit = config, max_bytes
+        self._config, self._limit, self._copy = config, max_bytes, copy
         self.older = ""
-        self._layouts: dict[str, int] = {text: i for i, text in connection.execute("select id, text from layouts")}
-        self._places = {i: len(places_of(text)) for text, i in self._layouts.items()}
         self._blocks, self._begun = 0, False
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Read which layouts the file has: those of a transaction that was taken back are gone."""
+        rows = self._execute("select id, text from layouts").fetchall()
+        self._layouts: dict[str, int] = {text: number for number, text in rows}
+        self._places = {number: len(places_of(text)) for number, text in rows}
 
     def _execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         return self._connection.execute(sql, values)
 
     def begin(self, step: int, wall: float) -> None:
         """Begin, or go on, behind a step, at this time; what there is of later ones is removed."""
-        last = self._last()
+        last = self.last()
         if step == 0 and last and not self._begun:
             self._set_aside()
             last = 0
@@ -71,7 +77,8 @@ class RecordTables:
         self._execute("commit")
         self._begun = True
 
-    def _last(self) -> int:
+    def last(self) -> int:
+        """Return the last step that the file has something of."""
         rows = [self._execute(f"select max(last) from {table}").fetchone()[0] for table in ("steps", "windows")]
         return max(0, *(int(row or 0) for row in rows))
 
@@ -106,7 +113,7 @@ class RecordTables:
         number = 1
         while (older := self._path.with_name(f"{self._path.stem}-before-{number}.older")).exists():
             number += 1
-        copy_record(self._connection, older)
+        self._copy(self._connection, older)
         self.older = older.name
         self._execute("begin")
         for table in ("starts", "steps", "windows", "events", "batches"):

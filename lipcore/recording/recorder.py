@@ -38,7 +38,7 @@ class Recorder(Listener):
         self.record = record
         self._warn, self._step = warn, step
         self.on_alarm: Callable[[], None] = _nothing  #: told of an alarm, whose steps are to be in the file soon
-        self._begun = self._told = False
+        self._begun = self._told = self._told_behind = False
         self._measured = np.zeros(0, bool)  # parameters that have had a norm
         self._older = ""
 
@@ -157,6 +157,8 @@ class Recorder(Listener):
     def closed(self) -> None:
         self.record.close()
         self._tell()
+        if self.record.behind:
+            self._warn(f"{self.record.behind}; copy it there")
 
     def _begin(self) -> None:
         if not self._begun:
@@ -172,9 +174,15 @@ class Recorder(Listener):
                 f"that file is {self._older} now. To go on from a checkpoint, call monitor.load_state_dict() before "
                 "the first step; for a run of its own choose another folder"
             )
-        if self.record.failed and not self._told:
-            self._told = True
-            self._warn(f"the run is no longer recorded, and the training goes on: {self.record.failed}")
+        if bool(self.record.failed) != self._told:
+            self._told = not self._told
+            if self._told:
+                self._warn(f"the run is no longer recorded, and the training goes on: {self.record.failed}")
+            else:
+                self._warn("the run is recorded again; an event says behind which step some are missing")
+        if self.record.behind and not self._told_behind:
+            self._told_behind = True
+            self._warn(f"{self.record.behind}; the next checkpoint, or the end, tries again")
 
 
 def _nothing() -> None:

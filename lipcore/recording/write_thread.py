@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import sqlite3
 import threading
@@ -19,6 +20,8 @@ class _Work(NamedTuple):
     call: Callable[[], object]
     alone: bool
     always: bool
+    must: bool
+    mends: bool
 
 
 class WriteThread:
@@ -30,7 +33,8 @@ class WriteThread:
 
     Args:
         connection: to the file.
-        failed: told what a call has raised; none is made after that but those that are made always.
+        failed: told what a call has raised; none is made after that but those that are made always, until one that
+            mends it has been.
     """
 
     def __init__(self, connection: sqlite3.Connection, failed: Callable[[Exception], None]) -> None:
@@ -38,20 +42,32 @@ class WriteThread:
         self._queue: queue.Queue[_Work | None] = queue.Queue(_WAITING)
         self._soon = threading.Event()  # nothing more is waited for
         self._failed = False
+        self._missed: list[_Work] = []  # since then, of those that must be made
         self._thread = threading.Thread(target=self._work, name="lipcore record", daemon=True)
         self._thread.start()
 
-    def put(self, call: Callable[[], object], *, soon: bool = False, alone: bool = False, always: bool = False) -> None:
+    def put(
+        self,
+        call: Callable[[], object],
+        *,
+        soon: bool = False,
+        alone: bool = False,
+        always: bool = False,
+        must: bool = False,
+        mends: bool = False,
+    ) -> None:
         """Have a call made.
 
         Args:
             soon: at once.
             alone: outside any transaction.
             always: also where an earlier one has raised, and so outside any transaction too.
+            must: it is not left out where an earlier one has raised, but made before calls are made again.
+            mends: after it, and those that must be made, calls are made again, where none of them raises.
         """
         if self._queue.full():
             self._soon.set()
-        self._queue.put(_Work(call, alone or always, always))
+        self._queue.put(_Work(call, alone or always or mends, always, must, mends))
         if soon:
             self._soon.set()
 
@@ -70,7 +86,7 @@ class WriteThread:
             for alone, together in groupby(found, key=lambda work: work.alone):
                 if alone:
                     for work in together:
-                        self._make([work])
+                        self._mend(work) if work.mends else self._make([work])
                 else:
                     self._make(list(together), transaction=True)
 
@@ -87,8 +103,15 @@ class WriteThread:
             works.append(self._queue.get())
         return works
 
+    def _mend(self, work: _Work) -> None:
+        """Try to write again: a full disk may have room now."""
+        missed, self._missed, self._failed = self._missed, [], False
+        for each in (*missed, work):
+            self._make([each], transaction=not each.alone)
+
     def _make(self, works: list[_Work], *, transaction: bool = False) -> None:
         if self._failed:
+            self._missed += [work for work in works if work.must]
             works = [work for work in works if work.always]
         try:
             if transaction and works:
@@ -99,6 +122,8 @@ class WriteThread:
                 self._connection.execute("commit")
         except Exception as error:
             self._failed = True
+            self._missed += [work for work in works if work.must]
+            with contextlib.suppress(sqlite3.Error):  # else this thread would end, and the training wait for it
+                if self._connection.in_transaction:
+                    self._connection.rollback()
             self._tell(error)
-            if self._connection.in_transaction:
-                self._connection.rollback()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import threading
@@ -50,6 +51,8 @@ class Writer(Listener):
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._work, name=f"lipcore {name}", daemon=True)
         self._thread.start()
+        # A loop that raises ends no Monitor, and TensorBoard's file lacks the last two minutes until it is closed.
+        atexit.register(self.closed)
 
     def window_closed(self, window: Window) -> None:
         if not self._of_all_ranks:
@@ -76,6 +79,7 @@ class Writer(Listener):
         self._tell()
 
     def closed(self) -> None:
+        atexit.unregister(self.closed)
         if self._process != os.getpid() or not self._thread.is_alive():
             return
         try:
@@ -93,17 +97,19 @@ class Writer(Listener):
             self._warn(f"the writer {self.name!r} gets no more numbers, and the training goes on: {self.failed}")
 
     def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if not self.failed:
+                window, step = item
+                self._try(lambda window=window, step=step: self._write(numbers_of(window), step))  # type: ignore[misc]
+        if self._close is not None:
+            self._try(self._close)
+
+    def _try(self, call: Callable[[], object]) -> None:
+        """Call what belongs to the logger; what it raises is kept, since a thread has nobody to raise to."""
         try:
-            while (item := self._queue.get()) is not None:
-                if not self.failed:
-                    window, step = item
-                    self._write(numbers_of(window), step)  # made here, where nobody waits for it
-            if self._close is not None:
-                self._close()
-        except BaseException as error:  # a thread has nobody to raise to
+            call()
+        except BaseException as error:
             self.failed = self.failed or f"{type(error).__name__}: {error}"
-            while self._queue.get() is not None:  # whoever puts something in waits for nobody
-                pass
 
 
 def made_writers(

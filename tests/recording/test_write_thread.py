@@ -100,3 +100,39 @@ def test_a_call_that_is_always_made_is_in_no_transaction_which_may_fail(table: T
     table.thread.put(done.set, always=True)
     table.thread.end(10)
     assert done.is_set()
+
+
+class Broken:
+    """A connection that cannot even take a transaction back."""
+
+    in_transaction = True
+
+    def execute(self, sql: str) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    def rollback(self) -> None:
+        self.execute("rollback")
+
+
+def test_a_transaction_that_cannot_be_taken_back_ends_no_thread() -> None:
+    errors: list[Exception] = []
+    thread = WriteThread(Broken(), errors.append)  # type: ignore[arg-type]
+    thread.put(lambda: None)
+    done = threading.Event()
+    thread.put(done.set, always=True, soon=True)
+    assert done.wait(10)
+    assert [str(error) for error in errors] == ["disk I/O error"]
+    thread.end(10)
+
+
+def test_what_must_be_made_is_made_up_for(table: Table, errors: list[Exception]) -> None:
+    table.thread.put(lambda: table.connection.execute("insert into nowhere values(0)"))
+    table.thread.put(lambda: table.connection.execute("insert into numbers values(1)"), must=True)
+    table.thread.put(lambda: None, alone=True)
+    table.add(2)
+    table.thread.put(lambda: table.connection.execute("insert into numbers values(3)"), must=True)
+    table.thread.put(lambda: table.connection.execute("insert into numbers values(4)"), mends=True)
+    table.add(5)
+    table.thread.end(10)
+    assert table.numbers == [1, 3, 4, 5]
+    assert len(errors) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -72,6 +74,47 @@ def test_one_that_fails_is_given_up() -> None:
     assert calls == [5]
     assert got == [5, 10, 15, 20]
     assert len(monitor.history) == 4
+
+
+def test_one_that_cannot_be_closed_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Summary:
+        def add_scalar(self, name: str, number: float, step: int) -> None:
+            pass
+
+        def flush(self) -> None:
+            raise OSError("no space left")
+
+    start = time.perf_counter()
+    with pytest.warns(RuntimeWarning, match="the writer 'Summary' gets no more numbers.*OSError: no space left"):
+        trained([Summary()], steps=5)
+    assert time.perf_counter() - start < 30
+
+
+@pytest.mark.ci
+def test_one_is_closed_when_the_process_ends(tmp_path: Path) -> None:
+    code = """
+import sys, time, torch, lipcore
+
+class Summary:
+    def __init__(self):
+        self.got = []
+    def add_scalar(self, name, number, step):
+        if name.endswith("update_norm.max/total"):
+            time.sleep(0.2)
+            self.got.append(step)
+    def flush(self):
+        print(*self.got)
+
+model = torch.nn.Linear(3, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+monitor = lipcore.watch(model, optimizer, writers=[Summary()], window_steps=1)
+for _ in range(5):
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+raise ValueError("the loop")
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout.split() == ["1", "2", "3", "4", "5"], found.stderr
 
 
 @pytest.mark.ci
