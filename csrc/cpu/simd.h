@@ -42,6 +42,9 @@ LIPCORE_INLINE bool all_finite(F64x16 a) {
 LIPCORE_INLINE F64x16 widen(F32x16 a) {
   return {_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1))};
 }
+LIPCORE_INLINE F64x16 load_wide(const float* p) {  // a conversion that reads memory needs no shuffle
+  return {_mm512_cvtps_pd(_mm256_loadu_ps(p)), _mm512_cvtps_pd(_mm256_loadu_ps(p + 8))};
+}
 LIPCORE_INLINE F32x16 widen_bfloat16(const uint16_t* p) {
   const U16x16 bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
@@ -113,6 +116,10 @@ LIPCORE_INLINE bool all_finite(F64x16 a) {
 LIPCORE_INLINE F64x16 widen(F32x16 a) {
   return {{_mm256_cvtps_pd(_mm256_castps256_ps128(a.v[0])), _mm256_cvtps_pd(_mm256_extractf128_ps(a.v[0], 1)),
            _mm256_cvtps_pd(_mm256_castps256_ps128(a.v[1])), _mm256_cvtps_pd(_mm256_extractf128_ps(a.v[1], 1))}};
+}
+LIPCORE_INLINE F64x16 load_wide(const float* p) {  // a conversion that reads memory needs no shuffle
+  return {{_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4)), _mm256_cvtps_pd(_mm_loadu_ps(p + 8)),
+           _mm256_cvtps_pd(_mm_loadu_ps(p + 12))}};
 }
 LIPCORE_INLINE __m256 widen_8_bfloat16(const uint16_t* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -220,6 +227,7 @@ LIPCORE_INLINE Two<Double2> widen(Float4 a) {
   return {Double2{wide[0], wide[1]}, Double2{wide[2], wide[3]}};
 }
 LIPCORE_INLINE F64x16 widen(F32x16 a) { return {{widen(a.lo.lo), widen(a.lo.hi)}, {widen(a.hi.lo), widen(a.hi.hi)}}; }
+LIPCORE_INLINE F64x16 load_wide(const float* p) { return widen(load(p)); }
 LIPCORE_INLINE F32x16 widen_bfloat16(const uint16_t* p) {
   float lanes[16];
   for (int i = 0; i < 16; ++i) lanes[i] = bfloat16_to_float(p[i]);
@@ -234,6 +242,7 @@ LIPCORE_OUTLINE F32x16 widen_float16(const uint16_t* p) {
 #endif
 
 LIPCORE_INLINE F64x16 widen(F64x16 a) { return a; }
+LIPCORE_INLINE F64x16 load_wide(const double* p) { return load(p); }
 
 // sum + v * v for a v that was widened from float32 or less: the square is exact in float64, so that a fused operation,
 // where there is one, gives the bits of multiply-then-add.

@@ -1,6 +1,7 @@
 #include "ops/tensor_stats.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "kernels.h"
 #include "ops/sample_norms.h"
@@ -78,6 +79,32 @@ bool describe(const TensorView& tensor, int64_t i, Rows* rows) {
   return fail({"tensors", i}, "has more than 8 dimensions that cannot be merged; pass a contiguous tensor");
 }
 
+// The bins up to that of a row's largest magnitude: there are no counts behind them. Subnormal magnitudes, which a
+// thread may have told its processor to take for 0, are in the first few.
+int used_bins(const TensorStats& row) {
+  constexpr int kSubnormal = 16;
+  if (row.count == 0) return 0;
+  return std::max(tensor_bin_of(std::max(std::abs(row.min), std::abs(row.max))) + 1, kSubnormal);
+}
+
+// Calls add(bin, count) for the counts that are not zero among the first `used`, and sets them to zero if they are to
+// go. Tables are nearly empty: whole cache lines are passed over.
+template <bool kGone, class T, class Add>
+void visit_counts(T* counts, int used, const Add& add) {
+  constexpr int kLine = 64 / sizeof(T);
+  static_assert(kTensorBins % kLine == 0, "whole lines");
+  for (int begin = 0; begin < used; begin += kLine) {
+    T* line = counts + begin;
+    T any = 0;
+    for (int k = 0; k < kLine; ++k) any |= line[k];
+    if (!any) continue;
+    for (int k = 0; k < kLine; ++k) {
+      if (line[k]) add(begin + k, static_cast<int64_t>(line[k]));
+      if (kGone) line[k] = 0;
+    }
+  }
+}
+
 struct Chunk {
   size_t item;
   int64_t begin, count;
@@ -90,15 +117,19 @@ void observe(const std::vector<TensorStatsItem>& items, int64_t total, TensorSta
       chunks.push_back({i, begin, std::min(kChunk, items[i].rows.length - begin)});
   std::vector<TensorStats> partials(chunks.size());
   parallel_for(static_cast<int64_t>(chunks.size()), total >= kSerialElements, [&](int64_t c) {
+    static thread_local uint32_t counts[kTensorBins] = {};  // zeros between calls
     const Chunk& chunk = chunks[static_cast<size_t>(c)];
     const TensorStatsItem& item = items[chunk.item];
-    uint32_t counts[kTensorBins] = {};
+    TensorStats* partial = &partials[static_cast<size_t>(c)];
     kernels().tensor_stats->chunk(row_run(item.rows, 0, chunk.begin, chunk.count), item.rows.dtype, chunk.count,
-                                  &partials[static_cast<size_t>(c)], counts);
+                                  partial, counts);
     int64_t* to = bins + item.place * kTensorBins;
     // Chunks of one tensor run at a time. Sums of integers are the same in any order.
-    for (int b = 0; b < kTensorBins; ++b)
-      if (counts[b]) __atomic_fetch_add(to + b, static_cast<int64_t>(counts[b]), __ATOMIC_RELAXED);
+    if (item.rows.length > kChunk)
+      visit_counts<true>(counts, used_bins(*partial),
+                         [&](int b, int64_t count) { __atomic_fetch_add(to + b, count, __ATOMIC_RELAXED); });
+    else
+      visit_counts<true>(counts, used_bins(*partial), [&](int b, int64_t count) { to[b] += count; });
   });
   size_t c = 0;
   for (size_t i = 0; i < items.size(); ++i) {
@@ -137,7 +168,7 @@ bool tensor_stats(const std::vector<TensorView>& tensors, const std::vector<int6
 }
 
 bool merge_tensor_stats(const TensorView& other_rows, const TensorView& other_bins, const std::vector<int64_t>& places,
-                        const TensorView& rows, const TensorView& bins) {
+                        const TensorView& rows, const TensorView& bins, bool gone) {
   if (!check_tables(other_rows, other_bins) || !check_tables(rows, bins)) return false;
   if (!rows.on_cpu() || !other_rows.on_cpu()) return fail({"rows"}, "tables are merged on the CPU");
   if (overlap(rows, other_rows) || overlap(bins, other_bins))
@@ -150,13 +181,18 @@ bool merge_tensor_stats(const TensorView& other_rows, const TensorView& other_bi
     if (places[i] >= rows.shape[0])
       return fail({"places", i}, "expected less than %lld, got %lld", static_cast<long long>(rows.shape[0]),
                   static_cast<long long>(places[i]));
-  const auto* from = static_cast<const TensorStats*>(other_rows.data);
+  auto* from = static_cast<TensorStats*>(other_rows.data);
   for (int64_t i = 0; i < n; ++i) {
     if (places[i] < 0 || (from[i].count == 0 && from[i].nonfinite == 0)) continue;
     merge(static_cast<TensorStats*>(rows.data) + places[i], from[i]);
-    const auto* counts = static_cast<const int64_t*>(other_bins.data) + i * kTensorBins;
+    int64_t* counts = static_cast<int64_t*>(other_bins.data) + i * kTensorBins;
     int64_t* into = static_cast<int64_t*>(bins.data) + places[i] * kTensorBins;
-    for (int b = 0; b < kTensorBins; ++b) into[b] += counts[b];
+    const auto add = [&](int b, int64_t count) { into[b] += count; };
+    if (gone)
+      visit_counts<true>(counts, used_bins(from[i]), add);
+    else
+      visit_counts<false>(counts, kTensorBins, add);
+    if (gone) from[i] = TensorStats{};
   }
   return true;
 }

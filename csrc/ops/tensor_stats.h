@@ -22,8 +22,9 @@ bool tensor_stats(const std::vector<TensorView>& tensors, const std::vector<int6
                   const TensorView& bins);
 
 // Merges row i of other_rows and other_bins into row places[i] of rows and bins; a place may come more than once, and
-// one below 0 takes nothing. All on the CPU.
+// one below 0 takes nothing. All on the CPU. With `gone` what is merged leaves the other table, whose counts were made
+// by tensor_stats.
 bool merge_tensor_stats(const TensorView& other_rows, const TensorView& other_bins, const std::vector<int64_t>& places,
-                        const TensorView& rows, const TensorView& bins);
+                        const TensorView& rows, const TensorView& bins, bool gone);
 
 }  // namespace lipcore

@@ -67,11 +67,21 @@ def tensor_stats(
     else:
         rows, bins = into
         check_state(rows, "rows")
-    if rows.is_cpu or _core.cuda_built:
-        _core.tensor_stats(readable, places, rows, bins)
-    else:
-        add_on_device(readable, places, rows, bins)
+    _add(readable, places, rows, bins)
     return rows, bins
+
+
+def add_tensor_stats(tensors: Sequence[Tensor], into: tuple[Tensor, Tensor], places: Sequence[int]) -> None:
+    """Add tensors of one device to rows and bins there, as :func:`tensor_stats` does with `into`, whose tables and
+    places are the caller's own and so are right."""
+    _add([_readable(resolved(tensor, "tensors", i)) for i, tensor in enumerate(tensors)], places, *into)
+
+
+def _add(tensors: Sequence[Tensor], places: Sequence[int], rows: Tensor, bins: Tensor) -> None:
+    if rows.is_cpu or _core.cuda_built:
+        _core.tensor_stats(tensors, places, rows, bins)
+    else:
+        add_on_device(tensors, places, rows, bins)
 
 
 def empty_tensor_stats(places: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -80,17 +90,23 @@ def empty_tensor_stats(places: int, device: torch.device) -> tuple[Tensor, Tenso
     return rows, torch.zeros(places, _core.TENSOR_BINS, dtype=torch.int64, device=device)
 
 
-def merge_tensor_stats(into: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], places: Sequence[int]) -> None:
+def merge_tensor_stats(
+    into: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], places: Sequence[int], *, gone: bool = False
+) -> None:
     """Merge row i of another table into row places[i] of this one, on one device; on the CPU a place may come more than
-    once, and one below 0 takes nothing."""
+    once, and one below 0 takes nothing. With `gone` the other table, one of tensor_stats(), is left without what went
+    over."""
     (rows, bins), (other_rows, other_bins) = into, other
     if rows.is_cpu:
-        _core.merge_tensor_stats(other_rows, other_bins, places, rows, bins)
+        _core.merge_tensor_stats(other_rows, other_bins, places, rows, bins, gone)
         return
     if list(places) != list(range(len(rows))):
         raise ValueError("places: on a device rows are merged into those of their own number")
     rows.copy_(merged_rows(rows, other_rows))
     bins.add_(other_bins)
+    if gone:
+        other_rows.zero_()
+        other_bins.zero_()
 
 
 def _readable(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lipcore import _core
-from lipcore.functional.tensor_stats import empty_tensor_stats, merge_tensor_stats, tensor_stats
+from lipcore.functional.tensor_stats import add_tensor_stats, empty_tensor_stats, merge_tensor_stats
 from lipcore.metric.host_reads import TensorRead
 from lipcore.metric.state import checked_tensor, is_count
 
@@ -60,11 +60,16 @@ class Numbers:
         self.rows[begin:end].zero_()
         self.bins[begin:end].zero_()
 
-    def merge(self, other: Numbers) -> None:
-        """Add the numbers of another block, on the same device."""
-        merge_tensor_stats((self.rows, self.bins), (other.rows, other.bins), range(len(self.rows)))
+    def merge(self, other: Numbers, *, gone: bool = False) -> None:
+        """Add the numbers of another block, on the same device; with `gone` they leave it."""
+        merge_tensor_stats((self.rows, self.bins), (other.rows, other.bins), range(len(self.rows)), gone=gone)
+        if not (len(self.sums) or len(self.most)):
+            return
         self.sums.add_(other.sums)
         torch.maximum(self.most, other.most, out=self.most)
+        if gone:
+            other.sums.zero_()
+            other.most.fill_(-torch.inf)
 
     def on_host(self) -> Numbers:
         """Return the same on the CPU."""
@@ -103,14 +108,18 @@ class Block:
     def observe(self, tensors: Sequence[Tensor], places: Sequence[int]) -> dict[int, str]:
         """Add the statistics of tensors, each to its place; return the places of those that cannot be read, and why."""
         refused: dict[int, str] = {}
-        for device in dict.fromkeys(tensor.device for tensor in tensors):
+        devices = {tensor.device for tensor in tensors}
+        for device in devices:
             numbers = self.on(device)
             into = numbers.rows, numbers.bins
-            pairs = [(t, place) for t, place in zip(tensors, places, strict=True) if t.device == device]
+            there, where = tensors, places
+            if len(devices) > 1:
+                there = [tensor for tensor in tensors if tensor.device == device]
+                where = [place for tensor, place in zip(tensors, places, strict=True) if tensor.device == device]
             try:
-                tensor_stats([t for t, _ in pairs], into=into, places=[place for _, place in pairs])
+                add_tensor_stats(there, into, where)
             except (TypeError, ValueError):  # and nothing was added
-                refused |= _observed_one_by_one(pairs, into)
+                refused |= _observed_one_by_one(list(zip(there, where, strict=True)), into)
         return refused
 
     def clear(self) -> None:
@@ -125,6 +134,14 @@ class Block:
         self.passes += other.passes
         for numbers in other.parts:
             self.on(numbers.device).merge(numbers)
+
+    def take(self, other: Block) -> None:
+        """Add everything of another block, and leave it empty."""
+        self.steps += other.steps
+        self.passes += other.passes
+        other.steps = other.passes = 0
+        for numbers in other.parts:
+            self.on(numbers.device).merge(numbers, gone=True)
 
     def keep(self, places: Sequence[int], *, sums: bool = False) -> None:
         """Forget all places but these, and what extras have added up unless it is wanted."""
@@ -186,7 +203,7 @@ def _observed_one_by_one(pairs: Sequence[tuple[Tensor, int]], into: tuple[Tensor
     refused = {}
     for tensor, place in pairs:
         try:
-            tensor_stats([tensor], into=into, places=[place])
+            add_tensor_stats([tensor], into, [place])
         except (TypeError, ValueError) as error:  # noqa: PERF203
             refused[place] = str(error).removeprefix("tensors[0]: ")
     return refused

@@ -78,7 +78,9 @@ def matching_modules(
 def main_tensor(output: Any) -> Tensor | None:
     """Return the tensor that is measured of what a module returns: itself, of several that under "logits", else the
     first floating one; None where there is none that the kernels read."""
-    if not isinstance(output, Tensor) and "logits" in output_names(output):
+    if isinstance(output, Tensor):
+        return readable(output)
+    if "logits" in output_names(output):
         output = output["logits"] if isinstance(output, Mapping) else output.logits
     return next((found for tensor in tensors_of(output) if (found := readable(tensor)) is not None), None)
 

@@ -203,8 +203,7 @@ class SampledSteps(StandaloneMetric):
         if self._due:
             self._add(*self._tensors(self._found.parameters, 0))
             self._step.steps = 1
-            self._open.merge(self._step)
-            self._step.clear()
+            self._open.take(self._step)
         elif self._has_gradients or self._has_outputs:
             self._step.clear()
         self._forget_step()

@@ -18,7 +18,7 @@ from lipcore.functional.tensor_stats import empty_tensor_stats, merge_tensor_sta
 from lipcore.functional.tensor_stats_rows import add_on_device, merged_rows
 
 BLOCK = 1024  # elements that the kernel takes together
-SEVERAL_TABLES = 4096  # from so many on its histogram has several tables
+PAIRS = 8192  # from so many on its histogram counts pairs of elements
 COUNT, MEAN, M2, M3, M4, MIN, MAX, ZEROS, NONFINITE = range(9)
 EXACT = [COUNT, MIN, MAX, ZEROS, NONFINITE]
 
@@ -47,7 +47,7 @@ def check(tensors, k=200):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sizes(dtype, isa):
     """Each in a list of all, so that a tensor's numbers are no neighbour's."""
-    sizes = (*ODD_SIZES, BLOCK - 1, BLOCK, BLOCK + 17, SEVERAL_TABLES - 1, SEVERAL_TABLES + 3)
+    sizes = (*ODD_SIZES, BLOCK - 1, BLOCK, BLOCK + 17, PAIRS - 1, PAIRS + 3)
     check([values((n,), DTYPES[dtype]) for n in sizes])
 
 
@@ -94,6 +94,56 @@ def test_extremes(dtype, isa):
     assert rows[0, [COUNT, MIN, MAX, ZEROS, NONFINITE]].tolist() == [3, -info.max, info.max, 1, 0]
     assert bins[0].sum() == 3
     assert bins[0, 0] == 1
+
+
+def long_runs():
+    """Of several blocks, where elements are counted by pairs in a window of bins."""
+    generator = torch.Generator().manual_seed(0)
+    count, length = 20, 20 * BLOCK + 77
+    x = torch.randn(length, generator=generator)
+    scales = torch.ones(length)
+    yield "all alike", x
+    yield "many zeros", x.clamp(min=0)
+    yield "zeros behind each other", torch.where(torch.arange(length) % 700 < 600, 0.0, x)
+    yield "each of another size", x * 2.0 ** torch.randint(-60, 60, (length,), generator=generator)
+    for i in range(count):
+        scales[i * BLOCK : (i + 1) * BLOCK] = 2.0 ** (-40 if i % 2 else 40)
+    yield "every second block far below", x * scales
+    for i in range(count):
+        scales[i * BLOCK : (i + 1) * BLOCK] = 2.0 ** (6 * (i // 5))
+    yield "blocks that grow", x * scales
+    yield "blocks that shrink", (x * scales).flip(0)
+    few = x.clone()
+    few[::1500] = 1e-30
+    few[1::1400] = -0.0
+    yield "a few far below", few
+    yield "the largest", x.sign() * torch.finfo(torch.float32).max
+    yield "the smallest", x * 1e-40
+    yield "beyond float32", x.double() * 1e60
+    yield "in pairs", torch.cat([torch.zeros(PAIRS), x[:PAIRS]]).view(2, -1).t().flatten()
+
+
+@pytest.mark.parametrize("kind", [kind for kind, _ in long_runs()])
+def test_histograms_of_long_runs(kind, isa):
+    """Every element is in its bin, whatever the elements around it are."""
+    x = dict(long_runs())[kind]
+    rows, bins = functional.tensor_stats([x])
+    truth = reference.tensor_stats([x])
+    assert torch.equal(bins, truth[1])
+    assert torch.equal(rows[:, EXACT], truth[0][:, EXACT])
+
+
+def test_numbers_that_a_processor_takes_for_zero():
+    """A call in a thread that flushes subnormal numbers leaves nothing behind for the next one."""
+    tensors = [torch.full((100,), 1e-40), values((9000,), torch.float32) * 1e-40]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    try:
+        bins = functional.tensor_stats(tensors)[1]
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(bins, reference.tensor_stats(tensors)[1])
+    check([values((50,), torch.float32)])
 
 
 def test_a_constant_has_no_deviation(isa):
@@ -161,6 +211,12 @@ def test_tables_merge_by_place():
             merge_tensor_stats(into, other, places)
     with pytest.raises(ValueError, match="rows: is written to but shares memory"):
         merge_tensor_stats(other, other, [0, 1, 2, 3])
+    moved = empty_tensor_stats(2, torch.device("cpu"))
+    merge_tensor_stats(moved, other, [1, 0, 1, -1], gone=True)
+    merge_tensor_stats(moved, other, [-1, -1, -1, 1])
+    assert_rows(moved, reference.tensor_stats(whole), whole)
+    assert [bool(table[:3].any()) for table in other] == [False, False]
+    assert other[1][3].sum() == 300
 
 
 def test_the_empty_row_is_the_identity_of_merging():
