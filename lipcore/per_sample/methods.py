@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
-from lipcore.capture.layers.fused_linear import LEAST_TOKENS
+from lipcore.capture.layers.fused_linear import INSIDE, LEAST_TOKENS
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.functional.linear import METHODS, Method
@@ -47,14 +47,14 @@ def check_methods(methods: Mapping[str, str], sites: Sequence[LayerSite], fused:
 def how(site: LayerSite, methods: Mapping[str, str], fused: bool) -> str:
     """Return in which way a layer's norms are computed, as far as that is known, or ""."""
     if site.how:
-        return f"by {site.how}"
+        return site.how if site.how == INSIDE else f"by {site.how}"
     if site.name in methods:
         return f"method '{methods[site.name]}'"
     if _choice(site):
         ways = site.rule.ways(site.module)
         if fused and site.rule.fuses(site.module):
             where = "" if next(site.module.parameters()).is_cpu else " where it fills the device"
-            return f"inside the weight gradient from {LEAST_TOKENS} positions on{where}, else {ways}"
+            return f"{INSIDE} from {LEAST_TOKENS} positions on{where}, else {ways}"
         return ways
     return f"by {site.rule.how}" if site.rule.how else ""
 

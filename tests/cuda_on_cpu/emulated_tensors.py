@@ -84,11 +84,19 @@ class ResultsStay(TorchDispatchMode):
         for device in {*devices}:
             catch_up(device)
         known = {id(tensor) for tensor in inputs}
-        return _there(function(*args, **(kwargs or {})), known, devices[0])
+        result = function(*args, **(kwargs or {}))
+        if _is_foreach(function) and isinstance(result, (list, tuple)):  # each where it is
+            pairs = zip(result, map(device_of, args[0]), strict=True)
+            return [part if device == HOST else _there(part, known, device) for part, device in pairs]
+        return _there(result, known, devices[0])
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # its wrapper costs as much as all that is done here
+
+
+def _is_foreach(function: Any) -> bool:
+    return getattr(function, "__name__", "").startswith("_foreach_")
 
 
 def _there(result: Any, known: set[int], device: int) -> Any:
@@ -166,11 +174,15 @@ class EmulatedTensors(TorchFunctionMode):
 
 
 def _refuse_two_devices(name: str, args: Any, kwargs: Any) -> None:
-    """Raise torch's error for an operation on tensors of two devices; those of lists are worked on one by one, unless
-    they are joined."""
+    """Raise torch's error for an operation on tensors of two devices; those of lists are worked on one by one, each
+    with that of its place in other lists, unless they are joined."""
     values = [*args, *kwargs.values()]
-    together = tensors_in(values) if name in _JOINS else [value for value in values if isinstance(value, Tensor)]
-    found = {device_of(value) for value in together} - {HOST}
+    alone = [value for value in values if isinstance(value, Tensor)]
+    groups = [tensors_in(values) if name in _JOINS else alone]
+    if name.startswith("_foreach_"):
+        lists = [value for value in values if isinstance(value, (list, tuple))]
+        groups += [[*alone, *tensors_in(*together)] for together in zip(*lists, strict=False)]
+    found = max(({device_of(value) for value in group} - {HOST} for group in groups), key=len)
     if len(found) > 1 and name != "copy_" and name not in _MOVES:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found two in {name}: cuda:0 and cuda:1!"
@@ -223,6 +235,7 @@ class _Run:
         self._function, self._args, self._kwargs = function, args, kwargs
         self._inputs, self._to_device = {id(tensor) for tensor in tensors}, to_device
         self._moves = getattr(function, "__name__", "") in _MOVES
+        self._is_foreach = _is_foreach(function)  # whose results ResultsStay places, each where its input is
 
     def __call__(self) -> Any:
         if self._function is Tensor.cuda:
@@ -230,6 +243,8 @@ class _Run:
         result = self._function(*self._args, **self._kwargs)
         if self._moves:
             return self._moved(result)
+        if self._is_foreach:
+            return result
         for tensor in tensors_in(result):
             if self._to_device != HOST and id(tensor) not in self._inputs and not on_device(tensor):
                 tensor.data = placed(tensor, self._to_device)

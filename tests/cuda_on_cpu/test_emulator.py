@@ -267,6 +267,26 @@ def test_tensors_of_two_devices_do_not_mix(x: Tensor) -> None:
     assert (x == 2).all()
 
 
+def test_each_tensor_of_a_list_is_worked_on_where_it_is(x: Tensor) -> None:
+    there, host = x.to("cuda:1"), torch.zeros(3)
+    for made in (
+        torch._foreach_add([x, there, host], 1),
+        torch._foreach_mul([x, there, host], [x, there, host]),
+        torch._foreach_norm([x, there, host]),
+        torch._foreach_mul([x, there, host], [1.0, 2.0, 3.0]),
+    ):
+        assert [tensor.device for tensor in made] == [x.device, there.device, host.device]
+    torch._foreach_mul_([x, there], [x, there])
+    for wrong in (
+        lambda: torch._foreach_add([x, there], [there, x]),
+        lambda: torch._foreach_add_([x], [there]),
+        lambda: torch._foreach_addcmul_([x, there], [x, there], [x, x]),
+        lambda: torch._foreach_lerp([x], [x], weights=[there]),
+    ):
+        with pytest.raises(RuntimeError, match="on the same device"):
+            wrong()
+
+
 # ---- the tensors
 
 

@@ -625,7 +625,7 @@ def taken_back(rank: int, world: int) -> dict[str, Any]:
         for step, (x, y) in enumerate(data):
             optimizer.zero_grad()
             mean_loss(model(x), y).backward()
-            metric._unproved.tapped = True  # as between two proofs
+            metric._window.unproved.tapped = True  # as between two proofs
             if step == WINDOW + 1:
                 first = monitor.global_window()
                 assert first is not None

@@ -110,7 +110,7 @@ def test_the_plan_says_from_which_length_on() -> None:
     lengths = "inside the weight gradient from 48 positions on, else Gram up to 28 positions, else direct"
     assert before[0] == f"Linear: weight, bias, {lengths}"
     assert before[1] == "Conv1d: weight, bias, Gram or direct, by the sizes"
-    assert after == "Linear: weight, bias, by inside the weight gradient"
+    assert after == "Linear: weight, bias, inside the weight gradient"
     compiled = torch.compile(model, backend="eager")  # which torch makes the weight gradients of
     with PerSampleGradNorms(compiled, loss_reduction="sum", fused=True) as metric:
         assert "weight gradient" not in str(metric.plan())

@@ -439,13 +439,13 @@ def test_one_model_trained_by_several_threads(sizes: tuple[int, ...], served: bo
                 model.zero_grad()
                 sum_loss(model(xs[0][:1])).backward()
             model.zero_grad()
-            record = metric._take_in
+            record = metric._window.take_in
 
             def keep(batch: Any, record: Any = record, found: list[Tensor] = found) -> None:
                 found.append(batch.norms.per_sample.clone())
                 record(batch)
 
-            metric._take_in = keep  # type: ignore[method-assign]
+            metric._window.take_in = keep  # type: ignore[method-assign]
             at_once(work, xs)
         assert len(found) >= len(sizes) * (rounds - 2)
         for norms in found:

@@ -11,6 +11,7 @@ from lipcore.capture.identity import passed_on
 from lipcore.capture.layers.layer_pass import LayerPass
 from lipcore.layers import Batch, Rule
 
+INSIDE = "inside the weight gradient"  #: the way of its norms, in words
 LEAST_TOKENS = 48  # below, an ordinary weight gradient and a Gram cost less
 
 

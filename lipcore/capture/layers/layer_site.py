@@ -18,7 +18,7 @@ from lipcore.capture.graph.another_size import AnotherSize, another_size
 from lipcore.capture.graph.own_graph import OwnGraph
 from lipcore.capture.identity import InPlaceAfter, PassedOn
 from lipcore.capture.layers.compiled_uses import coded, used
-from lipcore.capture.layers.fused_linear import FusedLinear, can_fuse
+from lipcore.capture.layers.fused_linear import INSIDE, FusedLinear, can_fuse
 from lipcore.capture.layers.layer_call import LayerCall, call_of, expanded, saved_of, tensor_of, with_tensor
 from lipcore.capture.layers.layer_pass import DELTA, TURNS, LayerPass
 from lipcore.capture.layers.options import LayerOptions
@@ -280,7 +280,7 @@ class LayerSite:
                     run.add_factor(weight, factors["weight"])
                     return None
                 if functional.linear.made_in_one_pass(tokens, grads):
-                    self.how = "inside the weight gradient"
+                    self.how = INSIDE
                 elif not self.how:
                     self.how = factors["weight"].how
                 weight_grad, norms_sq = functional.linear_weight_grad(tokens, grads, offsets=batch.offsets)
