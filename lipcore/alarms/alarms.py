@@ -131,6 +131,7 @@ class Alarms(Showable):
         self._waiting, self._sample_ids = Waiting(), SampleIds()
         self._checks = StepChecks(self.signals, self._budget)
         self._turns: Callable[[], int] = lambda: 1
+        self._stopped: Callable[[], bool] = lambda: False
         self._record: Callable[[AlarmEvent], None] | None = None
         self._record_light: Callable[[int, str], None] | None = None
         self._record_samples: Callable[[SamplesAfterAlarm], None] | None = None
@@ -142,11 +143,12 @@ class Alarms(Showable):
         self._waits_to_stop: AlarmEvent | None = None
         self._has_norms = False
         self._rate = CommonRate([])
+        self._log_factor = 0.0  # of the step that was made last
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy has: the events, and nobody to call."""
         gone = dict.fromkeys(("_on_event", "_record", "_record_light", "_record_samples", "_logs", "_meets", "_rate"))
-        gone |= {"_samples_after": None, "_turns": None}
+        gone |= {"_samples_after": None, "_turns": None, "_stopped": None}
         return self.__dict__ | gone | {"_keep": None, "_hearers": []}
 
     @property
@@ -207,11 +209,12 @@ class Alarms(Showable):
         has_norms: bool,
         meets: Callable[[], bool] = lambda: False,
         turns: Callable[[], int] = lambda: 1,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         """Belong to a Monitor: `keep` takes errors for the user's next call, `logs` says whether the loop logs, `meets`
         whether there are other ranks that it meets; in `turns` steps, as of now, each parameter's movement is checked
-        once."""
-        self._turns = turns
+        once; what brings norms has `stopped`, and brings no more."""
+        self._turns, self._stopped = turns, stopped
         self._rate, self._keep, self._logs, self._has_norms = CommonRate(optimizers), keep, logs, has_norms
         self._meets = meets
 
@@ -241,11 +244,15 @@ class Alarms(Showable):
         if self._record_samples is not None:
             self._record_samples(found)
 
+    def _note_step(self) -> None:
+        """Look at the learning rate of a step that was made just now: when it is taken in, it may be the next one's."""
+        self._log_factor = self._rate.log_factor()
+
     def _begin_step(self, step: int) -> None:
-        """Look at the learning rate that a step is made with, and at whether the ranks still meet to stop together."""
+        """Note that a step is taken in, and look at whether the ranks still meet to stop together."""
         if self._waits_to_stop is not None and not self._meets():
             self._part()
-        self._waiting.begin_step(step, self._rate.log_factor())
+        self._waiting.begin_step(step, self._log_factor)
         if self._samples_after is not None:
             self._samples_after.begin_step(step)
 
@@ -319,7 +326,8 @@ class Alarms(Showable):
             self._part()
 
     def _go_on(self, *, all_of_them: bool = False) -> None:
-        for one in self._waiting.ready(logs=self._logs(), norms=self._has_norms, all_of_them=all_of_them):
+        norms = self._has_norms and not self._stopped()
+        for one in self._waiting.ready(logs=self._logs(), norms=norms, all_of_them=all_of_them):
             for event in self._checks.alarms(one, self._turns, rate_is_known=self._rate.known):
                 self._tell(event)
             if QUANTITY in one.norms:

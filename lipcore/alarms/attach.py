@@ -41,10 +41,16 @@ def checked_alarms(alarms: Alarms | AlarmChoice | None, metrics: Iterable[Metric
             "alarms: rms_t comes from a Trajectory that reads the optimizer's state, and metrics has none; add "
             'lipcore.Trajectory(source="optimizer", stats=["update_norm", "grad_norm", "rms_t"])'
         )
-    if alarms.per_sample is not None and norms_of(metrics) is None:
+    norms = norms_of(metrics)
+    if alarms.per_sample is not None and norms is None:
         raise ValueError(
             "alarms: per_sample= switches a metric of single samples' gradient norms on, and metrics has none; add "
             'lipcore.PerSampleGradNorms(loss_reduction="mean"), or what your loss does over the batch'
+        )
+    if alarms.per_sample is not None and norms is not None and norms._every != 1:
+        raise ValueError(
+            "alarms: per_sample= measures every step after an alarm, and the PerSampleGradNorms one of "
+            f"{norms._every}; make it with every_steps=1"
         )
     if trajectory is not None and trajectory.every_steps != 1:
         raise ValueError(

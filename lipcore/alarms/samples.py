@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lipcore.alarms.event import AlarmEvent
+from lipcore.capture.training_pass import NOT_ACCUMULATED
 from lipcore.metric.host_copy import HostCopy, as_bits, of_bits
 from lipcore.per_sample.metric import PerSampleMetric
 from lipcore.per_sample.open_step import MicroBatch
 from lipcore.per_sample.step_listener import StepListener
 
 _SHOWN = 5
+_TOO_MANY = "of a step with 256 micro-batches or more they are summed up at once"
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class SamplesAfter(StepListener):
         self._wanted: int | None = None  # the step of the alarm for which it is, or is to be, on
         self._first: int | None = None  # step in which it is on
         self._step, self._taken_back = 0, ""
+        self._summed_up = False  # a step had too many micro-batches
         self._found: list[_Step] = []
         self._unproved: list[_Step] = []  # those since the last good proof
         self._unrecorded: dict[str, int] = {}  # before it was switched on: passes by reason
@@ -107,15 +110,17 @@ class SamplesAfter(StepListener):
             made: number of steps that were made.
             begun: of steps whose backward passes have come; one more where the optimizer is about to step.
         """
+        try:
+            self._switch(made, begun)
+        except Exception as error:  # of a model that has changed, of a device: an alarm ends no training
+            self.forget()
+            self._failed(error)
+
+    def _switch(self, made: int, begun: int) -> None:
         if self._wanted is not None and self._first is None:
-            self._first, self._taken_back = begun + 1, ""
+            self._first, self._taken_back, self._summed_up = begun + 1, "", False
             self._unrecorded = self._metric.unrecorded
-            try:
-                self._metric.wake()
-            except Exception as error:
-                self._wanted = self._first = None
-                self._metric.rest()
-                self._failed(error)
+            self._metric.wake()
         elif self._first is not None and made >= self._first + self._steps - 1:
             self._metric.rest()
             self._close(made)
@@ -123,7 +128,7 @@ class SamplesAfter(StepListener):
             self._tell_of_copied()
 
     def forget(self) -> None:
-        """Begin anew: a checkpoint was loaded."""
+        """Begin anew, at rest: a checkpoint was loaded."""
         self._copied.clear()
         self._found, self._unproved = [], []
         if self._first is not None:
@@ -141,7 +146,9 @@ class SamplesAfter(StepListener):
     # ---- of the metric
 
     def step_samples(self, batches: Sequence[MicroBatch], doubt: str) -> None:
-        if batches and self._first is not None:
+        if self._first is not None and not batches:
+            self._summed_up = True
+        elif self._first is not None:
             norms = [batch.norms.per_sample.detach() for batch in batches]
             one = _Step(self._step, [batch.ids for batch in batches], norms, doubt)
             self._found.append(one)
@@ -188,7 +195,10 @@ class SamplesAfter(StepListener):
     def _reasons(self) -> str:
         """Return why passes since it was switched on were not recorded."""
         counts = self._metric.unrecorded.items()
-        return self._metric.off or "; ".join(why for why, count in counts if count > self._unrecorded.get(why, 0))
+        found = [why for why, count in counts if count > self._unrecorded.get(why, 0)] + [_TOO_MANY] * self._summed_up
+        if self._found:  # a pass that asks for some gradients is none of the training's
+            found = [why for why in found if why != NOT_ACCUMULATED]
+        return self._metric.off or "; ".join(found)
 
 
 def _largest(facts: _Facts, found: Sequence[_Step]) -> SamplesAfterAlarm:
@@ -217,14 +227,20 @@ def _largest(facts: _Facts, found: Sequence[_Step]) -> SamplesAfterAlarm:
         words = f"{begin}: no gradient norms of samples in {when} ({why})"
         return SamplesAfterAlarm(alarm, first, last, 0, float("nan"), (), words)
     doubts = [one.doubt for one in found if one.doubt][:1]
-    doubt = "; ".join(doubts + [f"others were taken back: {taken_back}"] * bool(taken_back))
+    doubts += [f"others were taken back: {taken_back}"] * bool(taken_back)
+    doubt = "; ".join(doubts + [f"others were not recorded: {reasons}"] * bool(reasons))
     aside = f" ({doubt})" if doubt else ""
     finite = np.isfinite(values)
     at_step, at_row = np.concatenate(steps), np.concatenate(rows)
     median = float(np.median(values[finite])) if finite.any() else float("nan")
-    order: NDArray[np.intp] = np.argsort(np.where(finite, -values, -np.inf), kind="stable")[:_SHOWN]
-    chosen = order.tolist() if finite.any() else []
-    largest = tuple(SampleNorm(int(at_step[i]), int(at_row[i]), ids[i], float(values[i])) for i in chosen)
+    order: NDArray[np.intp] = np.argsort(np.where(finite, -values, -np.inf), kind="stable")
+    chosen: dict[tuple[int, int | None, int], int] = {}  # each sample of a step once: a closure's passes have it again
+    for i in order.tolist() if finite.any() else []:
+        chosen.setdefault((int(at_step[i]), ids[i], int(at_row[i]) if ids[i] is None else 0), i)
+        if len(chosen) == _SHOWN:
+            break
+    rows_of = chosen.values()
+    largest = tuple(SampleNorm(int(at_step[i]), int(at_row[i]), ids[i], float(values[i])) for i in rows_of)
     said: Any = [f"{one} in step {one.step} ({_size(one.norm, median)})" for one in largest]
     what = f"the largest gradient norms of {len(values)} samples in {when}{aside}: {', '.join(said)}"
     if not largest:

@@ -12,6 +12,7 @@ from lipcore.metric.values import Level
 from lipcore.trajectory.step_stream import StepArrays
 
 _MOST = 128  # steps that wait for what is logged: it comes in blocks of 64, or not any more
+_RATES = 2048  # whose learning rates wait for any numbers: a device's ring holds 512 steps
 
 
 @dataclass
@@ -38,6 +39,8 @@ class Waiting:
     def begin_step(self, step: int, log_factor: float) -> None:
         """Take the learning rate of a step that is being made."""
         self._log_factors[step] = log_factor
+        if len(self._log_factors) > _RATES:  # nothing brings numbers of these steps
+            del self._log_factors[next(iter(self._log_factors))]
 
     def add_norms(self, first: int, arrays: StepArrays) -> None:
         """Take a Trajectory's numbers in."""

@@ -185,7 +185,15 @@ class Engine(EngineHooks):
         windows.final = windows.final if self._failures.all_stopped else self._so_far()
         gone = ("model", "_scaler", "_scaled", "_clock", "_load_watch", "_gradient_watch", "_step_end", "_capture")
         none: dict[str, list[Any]] = {
-            name: [] for name in ("_optimizers", "_tapping", "_step_calls", "_layer_captures", "_output_watches")
+            name: []
+            for name in (
+                "_optimizers",
+                "_tapping",
+                "_step_calls",
+                "_told_of_steps",
+                "_layer_captures",
+                "_output_watches",
+            )
         }
         kept = {"_windows": windows, "_closed": True, "_wanting": {}, "_listeners": []}
         return self.__dict__ | dict.fromkeys(gone) | none | kept

@@ -21,9 +21,12 @@ class EngineCalls:
     _tapping: list[Metric]  # those with taps
     _step_calls: list[tuple[Metric, Callable[[], object], Callable[[], None]]]  # and what is called where it says so
 
+    _told_of_steps: list[Metric]  # when one is made
+
     def _find_step_calls(self) -> None:
         stepping = [m for m in self.metrics.values() if type(m).observe_step is not Metric.observe_step]
         self._step_calls = [(metric, metric.step_call, metric.settle) for metric in stepping]
+        self._told_of_steps = [m for m in self.metrics.values() if type(m).step_made is not Metric.step_made]
 
     # ---- errors: kept inside hooks, raised by the user's next call
 

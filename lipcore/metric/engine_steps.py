@@ -81,7 +81,22 @@ class EngineSteps(EngineWindows):
 
     def _stepped_once(self) -> None:
         self._all_counted = False
-        self._at_step_end(self._step_end.step)
+        self._at_step_end(self._step_made)
+
+    def _step_made(self) -> None:
+        """Take in a step that waits, then the one that was made just now, or let it wait."""
+        self._step_end.take_waiting()
+        self._note_step()
+        self._step_end.step()
+
+    def _note_step(self) -> None:
+        """Note what is known of a step now, and not when it is taken in."""
+        self._call(self._told_of_steps, lambda metric: metric.step_made())
+
+    @property
+    def _steps_made(self) -> int:
+        """Steps that were made, those of a loaded state among them: one more than were counted while one waits."""
+        return self._windows.step + self._step_end.waits
 
     def _loaded(self) -> None:
         self._call(self.metrics.values(), lambda metric: metric.rebase())

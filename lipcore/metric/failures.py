@@ -44,8 +44,9 @@ class Failures:
         if stopping and _can_be_done_without(stopping, error):
             self.warn(f"lipcore turned {' and '.join(metric.name for metric in stopping)} off: {error}")
             return
+        alone = not self._metrics and not self.all_stopped  # of a Monitor that has only what is logged
         self.all_stopped = all(metric.off for metric in self._metrics.values())
-        if stopping:
+        if stopping or alone:
             self._error = self._error or error
             names = "" if self.all_stopped else f" {' and '.join(metric.name for metric in stopping)}"
             warn_in_hook(f"lipcore stopped recording{names}: {error}", RuntimeWarning, stacklevel=6)

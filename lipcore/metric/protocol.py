@@ -103,7 +103,14 @@ class Metric(ABC):
     _protocol: ClassVar[frozenset[str]] = frozenset(
         {
             *("prepare", "bind", "needs", "tapped", "counted", "step_call", "settle", "finalize", "advance"),
-            *("observe_record", "observe_layers", "observe_unrecorded", "observe_step", "observe_skipped_step"),
+            *(
+                "observe_record",
+                "observe_layers",
+                "observe_unrecorded",
+                "observe_step",
+                "observe_skipped_step",
+                "step_made",
+            ),
             *("observe_proof", "observe_loss", "observe_batch", "observe_output", "wants_outputs"),
             *("observe_used_gradients", "before_step", "after_step_of", "observe_late_move"),
             *("observe_stop", "rank_part", "on_call", "rest", "wake", "rests", "warns_only"),
@@ -199,6 +206,10 @@ class Metric(ABC):
 
     def after_step_of(self, optimizer: Optimizer) -> None:  # noqa: B027
         """Look at the parameters of this one of several optimizers; called before observe_step()."""
+
+    def step_made(self) -> None:  # noqa: B027
+        """Learn that a step was made, which observe_step() counts at once or, where weights go on moving, later: what
+        the loop says from now on is of the next one."""
 
     def observe_step(self) -> None:  # noqa: B027
         """Count one optimizer step."""

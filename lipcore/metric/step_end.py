@@ -44,7 +44,7 @@ class StepEnd:
     def __init__(self, parameters: Callable[[], Iterable[Tensor]], calls: StepEndCalls, *, compare: bool) -> None:
         self._calls, self._compare = calls, compare
         self._moves = LateMoves(parameters, self._became_late, calls.without_step)
-        self._waits = False
+        self.waits = False  #: a step was made, and is not taken in yet
         self.late = False  #: whether steps are read late
 
     def _became_late(self) -> None:
@@ -55,20 +55,20 @@ class StepEnd:
         """Take in a step, or let it wait."""
         self.take_waiting()
         if self.late:
-            self._waits = True
+            self.waits = True
             return
         self._calls.over()
         self._moves.step(compare=self._compare)
 
     def take_waiting(self) -> None:
         """Take in the step that waits, if there is one."""
-        if self._waits:
-            self._waits = False
+        if self.waits:
+            self.waits = False
             self._calls.over()
 
     def drop_waiting(self) -> None:
         """Leave out the step that waits: the user's loop has raised in the middle of it."""
-        self._waits = False
+        self.waits = False
 
     def step_begins(self) -> None:
         """Look where the last step left the parameters, if no backward pass has come since."""

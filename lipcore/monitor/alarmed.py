@@ -34,6 +34,7 @@ class Alarmed(Recorded):
     _snapshots: Snapshots | None  # of alarms that ask for them
     _samples_after: SamplesAfter | None  # likewise
     _waits_to_begin: bool
+    _set_by_hand: bool  # parameters were loaded, or announced to change, since the last step
 
     def _attach_alarms(self, alarms: Alarms) -> None:
         """Have single steps and what is logged looked at from now on."""
@@ -43,6 +44,7 @@ class Alarmed(Recorded):
         given: dict[str, Any] = {"has_norms": has_norms, "meets": self._meets_ranks}
         if trajectory is not None:
             given["turns"] = lambda: trajectory.movement_turns  # others after a rebind()
+            given["stopped"] = lambda: bool(trajectory.off)
         alarms._begin(optimizers, self._failures.keep, logs, **given)
         if trajectory is not None:
             trajectory.listen(alarms._norms, prompt=True)
@@ -71,7 +73,7 @@ class Alarmed(Recorded):
     def _after_alarms(self, *, begins: bool = False) -> None:
         """Do what alarms have asked for between two steps: at the end of one, or, where that lay inside of a backward
         pass, when the optimizer `begins` the next."""
-        self._write_snapshot()
+        self._write_snapshot(begins=begins)
         if self._samples_after is None or (begins and not self._waits_to_begin):
             return
         self._waits_to_begin = in_backward() != -1 or is_captured_here()
@@ -83,14 +85,15 @@ class Alarmed(Recorded):
         """True while all parameters are as of the end of the last step that was counted."""
         return self._clock.between_steps and self._all_counted
 
-    def _write_snapshot(self) -> None:
+    def _write_snapshot(self, *, begins: bool = False, ends: bool = False) -> None:
         """Write the files of an alarm that wait for a place between two steps, outside of the forward and backward
-        passes; at the end of all wherever that is."""
+        passes; at the end of all wherever that is. Parameters that were loaded since the last step may be an average
+        that is swapped in: what the training goes on from is there when the optimizer `begins` a step."""
         snapshots = self._snapshots
         if snapshots is None or not snapshots.due or in_backward() != -1 or is_captured_here():
             return
-        amid = not self._between_steps
-        if amid and not self._closed:
+        amid = not self._between_steps or (self._set_by_hand and not begins) or not snapshots.all_spread
+        if amid and not (self._closed or ends):
             return
         try:
             if not self._closed:
@@ -178,6 +181,18 @@ class Alarmed(Recorded):
         return meets and self._global.partners.find() is not None
 
     # ---- the clock
+
+    def _moved_by_hand(self) -> None:
+        super()._moved_by_hand()
+        self._set_by_hand = True
+
+    def _note_step(self) -> None:
+        super()._note_step()
+        self._set_by_hand = False
+        if self.alarms is not None:
+            self.alarms._note_step()
+        if self._flight is not None:
+            self._flight.note_step()
 
     def _after_step(self) -> None:
         stopwatch = self._stopwatch

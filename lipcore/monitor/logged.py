@@ -58,12 +58,13 @@ class Logged:
         """Return what was logged since the last window closed, and start the next one; None where nothing was. What is
         logged after its step comes too late for a window that this step closes: where the numbers are not those of the
         window's steps, from the first to the last, their notes say of which."""
-        taken, self._window = self._window, []
+        taken = [one for one in self._window if one[0] <= last]
+        self._window = [one for one in self._window if one[0] > last]  # of a step that is made next, or waits
         if not taken:
             return None
         steps = sorted({step for step, _, _ in taken})
         note = ""
-        if steps[0] < first or steps[-1] > last or not self._before:
+        if steps[0] < first or not self._before:
             note = f"logged at steps {steps[0]} to {steps[-1]}; log before optimizer.step() for those of the window"
         result = MetricResult("logged", steps=[steps[0], steps[-1]])
         read = Later(lambda: read_numbers(taken), 8 * len(taken))

@@ -102,7 +102,7 @@ class Monitor(Alarmed):
         self.alarms = checked_alarms(alarms, metrics)  #: None without `alarms`
         prepare_for(self.alarms, metrics)
         self._probes, self._logged = Probes(), Logged()
-        self._meets = self._parted = self._waits_to_begin = False
+        self._meets = self._parted = self._waits_to_begin = self._set_by_hand = False
         self._flight = self._stopwatch = self._recorder = self._snapshots = self._samples_after = None
         super().__init__(
             model,
@@ -169,7 +169,8 @@ class Monitor(Alarmed):
         loss = numbers.get("loss")
         if isinstance(loss, Tensor) and loss.grad_fn is not None:
             self._call(self.metrics.values(), lambda metric: metric.observe_loss(loss))
-        self._logged.add(self._windows.step, self._steps_here, numbers)
+        if not (self._closed or self._failures.all_stopped):  # no step comes any more that they are of
+            self._logged.add(self._steps_made, self._steps_here, numbers)
         if self._meets and self._global.waits:
             self._meet()
             self._failures.raise_kept()  # an alarm of any rank may end the training, on all of them here
@@ -212,8 +213,8 @@ class Monitor(Alarmed):
         if found is not None:
             self._call(self.metrics.values(), lambda metric: metric.observe_batch(found, each))
         if self.alarms is not None and found is not None and epoch is not None:
-            self.alarms._batch(self._windows.step + 1, epoch, found)
-        if self._flight is not None:
+            self.alarms._batch(self._steps_made + 1, epoch, found)
+        if self._flight is not None and not (self._closed or self._failures.all_stopped):
             self._flight.name_batch(found, each, generator)
 
     def prove(self, batch: Any) -> dict[str, str]:

@@ -87,6 +87,11 @@ class Recorded(Engine):
             self.alarms._end()
         recorder.ended(self._windows.step, kind, text, facts)
         recorder.record.flush()
+        if kind != "SIGTERM":  # which may come amid a pass, and in another thread
+            self._write_snapshot(ends=True)
+
+    def _write_snapshot(self, *, begins: bool = False, ends: bool = False) -> None:
+        """Write the files of an alarm that wait, where there are alarms that ask for them."""
 
     def _write_all(self) -> None:
         """Write all that waits to the file. Waits for a device."""

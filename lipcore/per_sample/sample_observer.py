@@ -340,10 +340,12 @@ class SampleObserver(StandaloneMetric):
         if step.sums is not None and step:
             step.sums.read_gradients()
 
-    def observe_step(self) -> None:
-        """Count what the backward passes of the optimizer's step brought."""
+    def step_made(self) -> None:
         self._next.take()  # set for a backward pass that did not come, or that was in a step without records
         self._reduction.forget()
+
+    def observe_step(self) -> None:
+        """Count what the backward passes of the optimizer's step brought."""
         window = self._window
         recorded = window.finish_step(self._doubt_of, wanted=window.steps % self._every == 0)
         sums = window.open_step.sums

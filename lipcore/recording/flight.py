@@ -20,6 +20,8 @@ from lipcore.recording.batches import Batch
 _BLOCK = 64  # steps that are handed on together
 #: A micro-batch: ids, norms, losses.
 _Samples = tuple[Tensor | None, Tensor | None, Tensor | None]
+#: What the loop says of one: its samples, the state of a generator.
+_Given = tuple[_Samples | None, Tensor | None]
 OnScales = Callable[[int, NDArray[np.float64]], None]
 OnRates = Callable[[int, NDArray[np.float64], Sequence[str]], None]
 
@@ -65,9 +67,11 @@ class Flight(Listener, StepListener):
         self._samples: dict[int, list[_Samples]] = {}  # by step
         # Micro-batches of the step to come and states of a generator, as the loop says, and how many had their backward
         # pass.
-        self._given: list[tuple[_Samples | None, Tensor | None]] = []
+        self._given: list[_Given] = []
+        self._noted: tuple[list[float], list[_Given]] | None = None  # of a step that was made, and is not taken in
         self._passed = 0
         self._generators: dict[int, Tensor] = {}
+        self._doubts: dict[int, str] = {}  # about norms, by step
         self._rates: list[list[float]] = []
         self._group_names: list[str] = []
         self._copied: tuple[dict[int, list[_Samples]], HostCopy] | None = None  # of a device's norms and losses
@@ -86,20 +90,29 @@ class Flight(Listener, StepListener):
             first()
         if self._pace.is_due(len(self._rates)):
             self._pass_on()
-        self._step = step
-        rates = [_rate(group) for optimizer in self._optimizers for group in _groups(optimizer)]
+        if self._noted is None:
+            self.note_step()
+        assert self._noted is not None
+        (rates, given), self._noted = self._noted, None
         if self._rates and len(rates) != len(self._rates[-1]):
             self._pass_on_rates(step - 1)
+        self._step = step
         self._rates.append(rates)
         if self._scaler is not None:
             nothing = torch.full((1,), torch.nan, device="cpu")
             self._scales.append(nothing if self._scale is None else self._scale.reshape(1))
             self._scale = None
-        if self._given:
-            self._take_given(step)
+        if given:
+            self._take_given(step, given)
 
-    def _take_given(self, step: int) -> None:
-        given, self._given, self._passed = self._given, [], 0
+    def note_step(self) -> None:
+        """Note the learning rates and the samples of a step that was made just now: when it is taken in, they may be
+        those of the next."""
+        rates = [_rate(group) for optimizer in self._optimizers for group in _groups(optimizer)]
+        self._noted = rates, self._given
+        self._given, self._passed = [], 0
+
+    def _take_given(self, step: int, given: Sequence[_Given]) -> None:
         if samples := [one for one, _ in given if one is not None]:
             self._samples[step] = samples
         # The state before the first micro-batch makes all of them.
@@ -124,6 +137,8 @@ class Flight(Listener, StepListener):
         named = [batch for batch in batches if batch.ids is not None]
         if named:  # in the place of what the loop has said of them
             self._samples[self._step] = [(b.ids, b.norms.per_sample.detach(), b.losses) for b in named]
+            if doubt:
+                self._doubts[self._step] = doubt
 
     def samples_proved(self) -> None:
         self._proved = self._step
@@ -151,8 +166,8 @@ class Flight(Listener, StepListener):
 
     def state_loaded(self, step: int) -> None:
         self._step = self._proved = step
-        self._samples, self._given, self._generators, self._rates = {}, [], {}, []
-        self._passed, self._copied = 0, None
+        self._samples, self._given, self._generators, self._rates, self._doubts = {}, [], {}, [], {}
+        self._passed, self._copied, self._noted = 0, None, None
         self._scale, self._scales, self._copied_scales = None, [], None
 
     def closed(self) -> None:
@@ -215,7 +230,8 @@ class Flight(Listener, StepListener):
                 losses.append(on_host(own[2]))
             generator = self._generators.pop(step, None)
             state = None if generator is None else generator.cpu().numpy().tobytes()
-            found.append(Batch(step, _joined(ids), _joined(norms), _joined(losses), state))
+            doubt, of_all = self._doubts.pop(step, ""), _joined(norms)
+            found.append(Batch(step, _joined(ids), of_all, _joined(losses), state, "" if of_all is None else doubt))
         if found:
             self._on_batches(found)
 
