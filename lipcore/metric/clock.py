@@ -64,8 +64,8 @@ class Clock:
 
     @property
     def between_steps(self) -> bool:
-        """True while no optimizer has begun a step that the others have not made."""
-        return not (self.inside or self._stepped)
+        """True while no optimizer has begun a step that it, or the others, have not made."""
+        return not (self.inside or self._stepped or any(stepper.away for stepper in self._steppers))
 
     def __str__(self) -> str:
         names = [f"{type(stepper.given).__name__}.step" for stepper in self._steppers]

@@ -48,6 +48,7 @@ class Stepper:
         self.inside = optimizers_inside(given)
         self._open = False  # inside the wrapper's step
         self._second = False  # inside its second_step(), outside its step
+        self.away = False  #: the weights are where SAM's first_step() has moved them, until its second one
         self._depth = 0  # of hooks that call one another there
         self._inner: tuple[Any, ...] | None = None  # the last inner step in it
         self._stepped: set[int] = set()  # of several inside, outside the wrapper's step
@@ -72,6 +73,9 @@ class Stepper:
         if self.inside and callable(getattr(given, "second_step", None)):
             calls = (self._begin_second, self._end_second, self._abandon_second)
             self._handles.append(WatchedStep(given, *calls, name="second_step"))
+            if callable(getattr(given, "first_step", None)):
+                calls = (self._begin_first, lambda *_: None, lambda: None)
+                self._handles.append(WatchedStep(given, *calls, name="first_step"))
 
     def _attach_nested(self, optimizer: Optimizer) -> None:
         """Watch an optimizer inside around which hooks may be called more than once.
@@ -125,6 +129,7 @@ class Stepper:
 
     def _end(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         inner, self._inner, self._open = self._inner, None, False
+        self.away = False
         self._stepped.clear()
         if inner is not None:
             self._calls.after(*inner)
@@ -140,12 +145,16 @@ class Stepper:
 
     # ---- its second_step(), outside its own step: what is inside begins the step, and here it ends
 
+    def _begin_first(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.away = True
+
     def _begin_second(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         self._second = not self._open
         if self._second:
             self._inner = None
 
     def _end_second(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.away = False
         if self._second and self._inner is not None:
             self._calls.after(*self._inner)
         self._second = False

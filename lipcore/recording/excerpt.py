@@ -42,11 +42,18 @@ def write_excerpt(connection: sqlite3.Connection, target: Path, steps: int = KEP
             if connection.in_transaction:
                 connection.rollback()
             connection.execute("detach database excerpt")
-        os.replace(half, target)
+        replace_whole(half, target)
     finally:
         for left in (half, *(half.with_name(f"{half.name}-{kind}") for kind in ("journal", "wal", "shm"))):
             with contextlib.suppress(OSError):
                 left.unlink(missing_ok=True)
+
+
+def replace_whole(half: Path, target: Path) -> None:
+    """Give a file that was written its name, on the disk as a whole: a machine that fails leaves no empty one."""
+    with half.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(half, target)
 
 
 def _copy(connection: sqlite3.Connection, steps: int) -> None:

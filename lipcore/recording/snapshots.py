@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +16,14 @@ from lipcore.alarms.event import AlarmEvent
 from lipcore.alarms.snapshot import Snapshot
 from lipcore.metric.listener import Listener
 from lipcore.models.ranks import has_dtensors, is_fsdp1
+from lipcore.recording.excerpt import replace_whole
 from lipcore.recording.record import RunRecord
 
 _RECORD, _STATES = ".lipcore", ".pt"
+_GATHERED = (
+    "the states are not written: for a pass that has begun parameters that are spread over ranks were gathered, and to "
+    "spread them again on this rank alone would leave the others waiting"
+)
 _COLLECTIVE = (
     "the states are not written: those of FullyShardedDataParallel come from all ranks together, and this one alone "
     "may have the alarm; fully_shard() has states of each rank"
@@ -48,7 +52,10 @@ class Snapshots(Listener):
         warn: Callable[[str], None],
     ) -> None:
         self._wanted, self._name, self._warn = wanted, f"rank{rank}", warn
+        self._folder = Path(wanted.folder).absolute()  # of now: a loop may go to another one
         self._model, self._optimizers, self._scaler = model, optimizers, scaler
+        parameters = model.named_parameters(remove_duplicate=False)
+        self._spread = {name for name, p in parameters if type(p).__name__ == "DTensor"} if wanted.states else set()
         self._waiting: list[AlarmEvent] = []  # for their files
         self._taken: list[int] = []  # steps of the alarms that have waited, of those that wait too
 
@@ -56,6 +63,15 @@ class Snapshots(Listener):
     def due(self) -> bool:
         """True while an alarm's files wait to be written."""
         return bool(self._waiting)
+
+    @property
+    def all_spread(self) -> bool:
+        """True while no parameter that is spread over ranks is gathered for a pass: state_dict() would spread it again,
+        and this rank gather it once more than the others."""
+        if not self._spread:
+            return True
+        now = dict(self._model.named_parameters(remove_duplicate=False))
+        return all(type(now.get(name)).__name__ == "DTensor" for name in self._spread)
 
     def hear(self, event: AlarmEvent) -> None:
         """Have an alarm's files written, but where they would be those of an alarm shortly before. Alarms of other
@@ -74,26 +90,29 @@ class Snapshots(Listener):
         Args:
             step: how many were made.
             record: of the run, where there is one.
-            amid_step: some parameters have moved since, in a step that was not over, or not counted, at the end of all.
+            amid_step: some parameters have moved since, in a step that was not over, or not counted, at the end of all,
+                or were loaded.
         """
         waiting, self._waiting = self._waiting, []
         for event in waiting[-self._wanted.keep :]:  # those before would be removed at once
             self._write_of(event, step, record, amid_step=amid_step)
 
     def _write_of(self, event: AlarmEvent, step: int, record: RunRecord | None, *, amid_step: bool) -> None:
-        folder = Path(self._wanted.folder) / f"step{event.step}"
+        folder = self._folder / f"step{event.step}"
         parts: list[tuple[str, Callable[[Path], None]]] = []
         if record is not None:
             parts.append((_RECORD, record.write_excerpt))
         if self._wanted.states and is_fsdp1(self._model):
             self._warn(f"the snapshot of the alarm in step {event.step}: {_COLLECTIVE}")
+        elif self._wanted.states and not self.all_spread:
+            self._warn(f"the snapshot of the alarm in step {event.step}: {_GATHERED}")
         elif self._wanted.states:
             parts.append((_STATES, lambda target: self._write_states(target, step, event, amid_step=amid_step)))
             if amid_step:
                 self._warn(
                     f"the states in the snapshot of the alarm in step {event.step} are not of the end of step {step}: "
                     "some parameters have moved since, in a step that was not over, or not counted, when the training "
-                    "ended; who goes on from them makes a part of it twice"
+                    "ended, or were loaded; who goes on from them makes a part of it twice, or from other weights"
                 )
         elif record is None:
             self._warn(
@@ -102,9 +121,9 @@ class Snapshots(Listener):
             )
         for ending, write in parts:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                write(folder / f"{self._name}{ending}")
-            except Exception as error:  # noqa: PERF203
+                _write_into(folder, f"{self._name}{ending}", write)
+            except Exception as raised:  # noqa: PERF203
+                error = _of_the_system(raised)
                 self._warn(
                     f"the snapshot of the alarm in step {event.step} lacks {folder / (self._name + ending)}, which "
                     f"could not be written ({type(error).__name__}: {error}); the training goes on"
@@ -124,8 +143,9 @@ class Snapshots(Listener):
             found["scaler"] = self._scaler.state_dict()
         half = target.with_name(target.name + "-half")
         try:
-            torch.save(_of_this_rank(found) if has_dtensors(self._model) else found, half)
-            os.replace(half, target)
+            with half.open("wb") as file:  # by which what the system says comes through
+                torch.save(_of_this_rank(found) if has_dtensors(self._model) else found, file)
+            replace_whole(half, target)
         finally:
             with contextlib.suppress(OSError):
                 half.unlink(missing_ok=True)
@@ -134,14 +154,39 @@ class Snapshots(Listener):
         """Remove this rank's files of all but the alarms that were written last."""
         found: dict[Path, float] = {}
         for ending in (_RECORD, _STATES):
-            for path in Path(self._wanted.folder).glob(f"step*/{self._name}{ending}"):
+            for path in self._folder.glob(f"step*/{self._name}{ending}"):
                 with contextlib.suppress(OSError):
                     found[path.parent] = max(found.get(path.parent, 0.0), path.stat().st_mtime_ns)
+        for path in self._folder.glob(f"step*/{self._name}.*-half*"):  # of a process that was killed as it wrote
+            with contextlib.suppress(OSError):
+                path.unlink()
+                path.parent.rmdir()
         for folder in sorted(found, key=lambda folder: found[folder])[: -self._wanted.keep]:
             with contextlib.suppress(OSError):
                 for ending in (_RECORD, _STATES):
                     (folder / f"{self._name}{ending}").unlink(missing_ok=True)
                 folder.rmdir()  # not where other ranks have files in it
+
+
+def _write_into(folder: Path, name: str, write: Callable[[Path], None]) -> None:
+    """Write a file into a folder, which is made; once more where another rank, whose last file it was, has removed it
+    in between."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        write(folder / name)
+    except Exception:
+        if folder.is_dir():
+            raise
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / name)
+
+
+def _of_the_system(error: BaseException) -> BaseException:
+    """Return what the system has said (a full disk), where torch says of it that it cannot go on."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return error if found is None else found
 
 
 def _of_this_rank(state: Any) -> Any:
