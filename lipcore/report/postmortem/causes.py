@@ -8,6 +8,7 @@ import numpy as np
 
 from lipcore.report.html import number
 from lipcore.report.postmortem.account import Account, Rate
+from lipcore.report.postmortem.samples import Samples
 
 _WRITTEN = (
     "Code that writes to weights besides the optimizer: callbacks, hooks, averages of weights, a wrapper around the "
@@ -25,7 +26,8 @@ def cause_of(account: Account) -> str:
     lost = [one for one in found if not one.finite]
     if lost:
         named = next((one for one in account.samples if one.step == account.begin), None)
-        who = f" Of its {named.count} samples, {_few(named.suspects)}." if named is not None and named.suspects else ""
+        suspects = [] if named is None else named.suspects
+        who = f" Of its {named.count} samples, {_few(suspects)}{_doubt(named)}." if named and suspects else ""
         return _not_finite({one.what for one in lost}) + who
     if any(one.step <= account.begin for one in account.unexplained):
         return "What is told above began with it or after it: something else than the optimizer had changed weights."
@@ -64,11 +66,12 @@ def checks_of(account: Account) -> list[str]:
     if named is not None and named.verdict == "single" and not optimizer_only:
         ids = ", ".join(map(str, named.suspects[:5])) + (" and others" if len(named.suspects) > 5 else "")
         many = "samples" if len(named.suspects) > 1 else "sample"
-        found.append(f"Look at {many} {ids}: the inputs' scale, values that are not finite, the labels.")
+        what_of = f"the inputs' scale, values that are not finite, the labels{_doubt(named)}"
+        found.append(f"Look at {many} {ids}: {what_of}.")
     if named is not None and named.verdict == "batch" and not optimizer_only:
         found.append(
             f"Look at the whole batch of step {account.begin} ({named.count} samples): its labels, its preprocessing, "
-            "the shard or file that it is from. No single sample explains it."
+            f"the shard or file that it is from. No single sample explains it{_doubt(named)}."
         )
     if optimizer_only and not account.jumps and not account.unexplained:
         found.append(
@@ -130,12 +133,18 @@ def _data(account: Account, what: set[str]) -> str:
     if named is None:
         return f"{begun}: the samples of this step, or the weights that the step before left."
     if named.verdict == "single":
-        return f"{begun}, and of its {named.count} samples {_few(named.suspects)}."
+        return f"{begun}, and of its {named.count} samples {_few(named.suspects)}{_doubt(named)}."
     if named.verdict == "batch":
-        return f"{begun}, and so was the whole batch, not single samples."
+        return f"{begun}, and so was the whole batch, not single samples{_doubt(named)}."
     if named.verdict == "usual":
-        return f"{begun}, though no sample stands out: hard samples together, or the weights that the step before left."
+        said = f"{begun}, though no sample stands out{_doubt(named)}"
+        return f"{said}: hard samples together, or the weights that the step before left."
     return f"{begun}: the samples of this step, or the weights that the step before left."
+
+
+def _doubt(named: Samples) -> str:
+    """Return, in brackets, the doubt that the gradient norms have by which samples were looked at; "" for none."""
+    return f" (by gradient norms with a doubt: {named.doubt})" if named.doubt else ""
 
 
 def _few(ids: Sequence[int]) -> str:

@@ -35,12 +35,15 @@ class Ranking:
 
     Attributes:
         by: "gradient norm" or "loss".
-        top: those with the largest one, values that are not finite first; none where none of the step is finite.
+        top: those with the largest one, values that are not finite first (last where there is a doubt); none where none
+            of the step is finite.
         median: of the step.
         usual: median of the samples of the steps before; NaN where there are none.
         outstanding: how many are more than twice as large as every sample of the steps before, or not finite.
         share: of the first sample in the sum of the losses; 0 where that says nothing.
         verdict: whether single samples stand out, the whole batch, or nothing; "unknown" without steps before.
+        doubt: why gradient norms are not known, not proved to be single samples', or not of all parameters; "" where
+            they are exact. Those that are not finite say nothing then.
     """
 
     by: str
@@ -50,6 +53,7 @@ class Ranking:
     outstanding: int
     verdict: Verdict
     share: float = 0.0
+    doubt: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,12 @@ class Samples:
         """Verdict of the rankings together."""
         said = [ranking.verdict for ranking in self.rankings]
         return next((verdict for verdict in _ORDER if verdict in said), "unknown")
+
+    @property
+    def doubt(self) -> str:
+        """Doubt about the verdict: "" where a ranking without one has come to it."""
+        doubts = [ranking.doubt for ranking in self.rankings if ranking.verdict == self.verdict]
+        return "" if "" in doubts else next(iter(doubts), "")
 
     @property
     def suspects(self) -> list[int]:
@@ -85,14 +95,16 @@ def samples_of(batches: Sequence[SamplesOfStep], step: int) -> Samples | None:
         if own is not None:
             arrays = [getattr(one, attribute) for one in before]
             usual = np.concatenate([a for a in arrays if a is not None] or [np.empty(0)]).astype(np.float64)
-            rankings.append(_ranking(by, here, np.asarray(own, np.float64), usual))
+            doubt = here.doubt if attribute == "norms" else ""
+            rankings.append(_ranking(by, here, np.asarray(own, np.float64), usual, doubt))
     return Samples(step, len(here.ids), rankings, here.rng_state is not None)
 
 
-def _ranking(by: str, here: SamplesOfStep, own: Any, usual: Any) -> Ranking:
+def _ranking(by: str, here: SamplesOfStep, own: Any, usual: Any, doubt: str) -> Ranking:
     usual = usual[np.isfinite(usual)]
     finite = np.isfinite(own)
-    order = np.argsort(np.where(finite, -own, -np.inf), kind="stable")[:_SHOWN]
+    # Of norms that are not known those that are not finite are nothing that a sample has done.
+    order = np.argsort(np.where(finite, -own, np.inf if doubt else -np.inf), kind="stable")[:_SHOWN]
     assert here.ids is not None
     numbers = [[None] * len(own) if a is None else a.tolist() for a in (here.norms, here.losses)]
     top = [Sample(int(here.ids[i]), numbers[0][i], numbers[1][i]) for i in order]
@@ -100,15 +112,16 @@ def _ranking(by: str, here: SamplesOfStep, own: Any, usual: Any) -> Ranking:
     median = float(np.median(own[finite])) if finite.any() else float("nan")
     adds_up = by == "loss" and finite.all() and len(own) > 1 and own.min() >= 0 and own.sum() > 0
     share = float(own.max() / own.sum()) if adds_up else 0.0
-    lost = int((~finite).sum())
-    if not len(usual):
+    away = np.zeros(len(own), bool) if doubt else ~finite
+    lost = int(away.sum())
+    if not len(usual) or (doubt and not finite.any()):
         verdict: Verdict = "single" if 0 < lost <= _MANY * len(own) else "unknown"
-        return Ranking(by, top, median, float("nan"), lost, verdict, share)
+        return Ranking(by, top, median, float("nan"), lost, verdict, share, doubt)
     middle = float(np.median(usual))
-    out = ~finite | (own > _TIMES * float(usual.max()))
+    out = away | (finite & (own > _TIMES * float(usual.max())))
     verdict = "usual"
     if out.mean() > _MANY or (median > _HIGHER * middle and median > _HIGHER * abs(middle)):
         verdict = "batch"
     elif out.any():
         verdict = "single"
-    return Ranking(by, top, median, middle, int(out.sum()), verdict, share)
+    return Ranking(by, top, median, middle, int(out.sum()), verdict, share, doubt)

@@ -174,8 +174,9 @@ def value_of(value: float) -> str:
 def of_ranking(samples: Samples, ranking: Ranking) -> str:
     """Return what a ranking says."""
     one = ranking.outstanding == 1
+    doubt = f"; {ranking.doubt}" if ranking.doubt else ""
     if samples.count > 1 and not ranking.top:
-        return f"all {samples.count} are not finite"
+        return f"all {samples.count} are not finite{doubt}"
     said = {
         "single": f"{ranking.outstanding} of {samples.count} stand{'s' if one else ''} out",
         "batch": "the whole batch is not as usual",
@@ -187,7 +188,7 @@ def of_ranking(samples: Samples, ranking: Ranking) -> str:
         said += f", {number(ranking.usual)} in the steps before"
     if ranking.share > _SHARE:
         said += f"; the first one makes {round(100 * ranking.share)} % of the sum"
-    return said
+    return said + doubt
 
 
 def cells(sample: Sample) -> tuple[str, str, str]:
