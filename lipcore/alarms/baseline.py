@@ -34,9 +34,10 @@ class Baseline:
             z[full] = (x[full] - medians) / (1.4826 * deviations + _NOISE)
         return z
 
-    def take(self, x: NDArray[np.float64], quiet: NDArray[np.bool_]) -> None:
-        """Take the quiet columns' values in, over the oldest ones."""
-        where = np.flatnonzero(quiet & ~np.isnan(x))
+    def take(self, x: NDArray[np.float64], quiet: NDArray[np.bool_] | None = None) -> None:
+        """Take the quiet columns' values in, or those of all, over the oldest ones."""
+        known = ~np.isnan(x)
+        where = np.flatnonzero(known if quiet is None else quiet & known)
         self._values[where, self._counts[where] % STEPS] = x[where]
         self._counts[where] += 1
 

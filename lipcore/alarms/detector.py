@@ -52,6 +52,7 @@ class Detector:
         self._columns, self._budget = columns, budget
         self._limits = np.array([signal.limit for signal in columns.signals])
         self._two_sided = np.array([signal.two_sided for signal in columns.signals], dtype=bool)
+        self._mirrored = np.where(self._two_sided, -1.0, 0.0)
         self._of = {signal.name: columns.where(signal.name) for signal in columns.signals}
         self._baseline = Baseline(len(self._limits))
         self._lasting = Lasting(self._two_sided)
@@ -64,14 +65,19 @@ class Detector:
         z = self._baseline.scores(logs)
         unknown = np.isnan(z)
         if unknown.all():
-            self._baseline.take(logs, np.ones(len(logs), bool))
+            self._baseline.take(logs)
             return None
-        signed = np.where(unknown, 0.0, z) / self._limits
-        shares = np.where(self._two_sided, np.abs(signed), np.maximum(signed, 0))
+        signed = z / self._limits
+        signed[unknown] = 0.0
+        shares = np.maximum(signed, signed * self._mirrored)
         multiplier = self._budget.multiplier
         sums = self._lasting.observe(signed, shares <= multiplier)
         shares = np.maximum(shares, np.abs(sums))
         over = shares > multiplier
+        if not (over.any() or self._over.any()):  # as nearly every step is
+            self._baseline.take(logs)
+            self._budget.observe(float(shares.max()), alarmed=False, log_rate=log_rate)
+            return None
         self._over = np.where(over, self._over + 1, np.maximum(0, self._over - 1))
         lasting = self._over > QUIET
         shares = np.where(lasting, 0, shares)

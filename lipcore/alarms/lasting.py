@@ -27,9 +27,16 @@ class Lasting:
     def observe(self, steps: NDArray[np.float64], quiet: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Take the scores of a step in, z / limit, 0 where there is none, and return how full each sum is, 1 where it
         alarms, negative downwards. What is not quiet empties its column's sums: its score has spoken already."""
-        self._up = np.where(quiet, np.maximum(0, self._up + steps - _ALLOWED), 0)
-        self._down = np.where(quiet & self._two_sided, np.maximum(0, self._down - steps - _ALLOWED), 0)
-        return np.where(self._up >= self._down, self._up, -self._down) / _ENOUGH
+        up, down = self._up, self._down
+        up += steps
+        up -= _ALLOWED
+        down -= steps
+        down -= _ALLOWED
+        np.maximum(up, 0, out=up)
+        np.maximum(down, 0, out=down)
+        up *= quiet
+        down *= quiet & self._two_sided
+        return np.where(up >= down, up, -down) / _ENOUGH
 
     def clear(self, columns: NDArray[np.bool_]) -> None:
         """Empty the sums of some columns."""
