@@ -1,4 +1,5 @@
-"""``make mutants``: plants the faults of faults.py in a copy of the tree, one by one, and runs the tests that must see.
+"""``make mutants``: plants the faults of faults.py and alarm_faults.py in a copy of the tree, one by one, and runs the
+tests that must see.
 
 The copy and a build of the core of its own are kept under build/mutants, so that a second run builds what a fault
 touches and nothing else. Exit status 1 when a fault survives, 2 when one cannot be judged: its text is not there once,
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from alarm_faults import ALARM_MUTANTS
 from faults import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,7 +133,7 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [
         mutant
-        for mutant in MUTANTS
+        for mutant in (*MUTANTS, *ALARM_MUTANTS)
         if (not options.words or any(word in f"{mutant.name} {mutant.file}" for word in options.words))
         and not (options.python and mutant.compiled)
     ]

@@ -6,13 +6,16 @@ import re
 from pathlib import Path
 
 import pytest
+from alarm_faults import ALARM_MUTANTS
 from faults import MUTANTS, Mutant
 from kernel_faults import KERNEL_MUTANTS
 
 _ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("mutant", [*MUTANTS, *KERNEL_MUTANTS], ids=lambda mutant: mutant.name.replace(" ", "_"))
+@pytest.mark.parametrize(
+    "mutant", [*MUTANTS, *ALARM_MUTANTS, *KERNEL_MUTANTS], ids=lambda mutant: mutant.name.replace(" ", "_")
+)
 def test_a_fault_can_be_planted(mutant: Mutant) -> None:
     source = (_ROOT / mutant.file).read_text()
     assert mutant.applied(source) != source
@@ -22,7 +25,8 @@ def test_a_fault_can_be_planted(mutant: Mutant) -> None:
 
 
 def test_there_are_thirty_with_names_of_their_own() -> None:
-    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 30
+    named = [mutant.name for mutant in (*MUTANTS, *ALARM_MUTANTS)]
+    assert len(set(named)) == len(named) >= 30
 
 
 def test_every_kernel_has_faults_of_its_own() -> None:
