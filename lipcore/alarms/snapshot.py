@@ -20,11 +20,12 @@ class Snapshot:
 
     They are written at the end of a step, in the next call of a method of the Monitor, or when the optimizer is about
     to make the next step, never inside a forward or backward pass, and, with several optimizers, not where some of them
-    have stepped and others have not yet; nor between SAM's two steps, nor where weights were loaded since the last
-    step (an average that is swapped in), nor while parameters that are spread over ranks are gathered for a pass. Where
-    the training ends there the file says so ("amid_step"), and so does a warning. The training waits for it, and stays
-    what it was. A file is there whole or not at all. What cannot be written (a full disk) is warned of. An alarm in the 20 steps after one whose files were
-    written has none; where a rank hears late of an alarm before that one, it writes its files then.
+    have stepped and others have not yet; nor between SAM's two steps, nor where weights were loaded since the last step
+    (an average that is swapped in), nor while parameters that are spread over ranks are gathered for a pass. Where the
+    training ends there the file says so ("amid_step"), and so does a warning. The training waits for it, and stays what
+    it was. A file is there whole or not at all. What cannot be written (a full disk) is warned of. An alarm in the 20
+    steps after one whose files were written has none; where a rank hears late of an alarm before that one, it writes
+    its files then.
 
     Args:
         folder: of this run alone; made where it does not exist.
