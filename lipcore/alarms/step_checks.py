@@ -79,9 +79,7 @@ class StepChecks:
         logs = self._logarithms(one, layout.groups, self._columns, log_rate)
         return self._detector.step(one.step, logs, log_rate)
 
-    def _logarithms(
-        self, one: StepNumbers, groups: Where, columns: Columns, log_rate: float
-    ) -> NDArray[np.float64]:
+    def _logarithms(self, one: StepNumbers, groups: Where, columns: Columns, log_rate: float) -> NDArray[np.float64]:
         logs = np.full(len(columns.signals), np.nan)
         if one.loss is not None and one.loss > 0 and "loss" in self._signals:
             logs[columns.where("loss")] = math.log(one.loss) if math.isfinite(one.loss) else math.nan
