@@ -6,7 +6,6 @@ element between steps.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple, NoReturn
@@ -15,15 +14,12 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lipcore import _core, functional
+from lipcore import _core
 from lipcore.functional.update_rules import DIFFERENCE, GIVEN, Scalar, UpdateRule
 from lipcore.metric.optimizers import hooked_before
 from lipcore.models.device_index import DeviceIndices
 from lipcore.trajectory.closed_forms import CLOSED_FORMS, HELD, Move, move_of, why_not_fused
-from lipcore.trajectory.parameters import local_shard
-
-Parameter = tuple[str, dict[str, Any], str]  #: name, owner's dict, key: looked up at every step
-Sums = tuple[Tensor, Tensor]  #: rows, float64 [n, 6], and squares, float64 [5, n]
+from lipcore.trajectory.source_sums import Asked, Parameter, Sums, look_up, refuse_twins, sums_of
 
 
 class Moves(NamedTuple):
@@ -103,13 +99,16 @@ class OptimizerSource:
         self._ratios = ratios
         self._groups: list[tuple[Optimizer, dict[str, Any], list[Tensor]]] = []
         self._found: dict[int, tuple[Optimizer, dict[str, Any]]] = {}  # the places, while the groups are those
+        self._grouped: tuple[list[Tensor], dict[int, Any], list[tuple[Optimizer, dict[str, Any], list[int]]]] | None = (
+            None
+        )
         self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self._parameters = list(parameters)
         for i, optimizer in enumerate(self._optimizers):
             if (reason := supported(optimizer)) is not None:
                 raise ValueError(f"optimizers[{i}]: {reason}; use snapshots or pass the updates yourself")
-        tensors = _look_up(self._parameters)
-        _refuse_twins(self._parameters, tensors)
+        tensors = look_up(self._parameters)
+        refuse_twins(self._parameters, tensors)
         for (name, _, _), tensor in zip(self._parameters, tensors, strict=True):
             _core.check_storage(tensor, name)
         places = self._places()
@@ -129,14 +128,14 @@ class OptimizerSource:
     def describe(self) -> list[str]:
         """Return, per parameter, the optimizer that moves it, as a plan says it: "AdamW, closed form"."""
         places = self._places()
-        tensors = _look_up(self._parameters)
+        tensors = look_up(self._parameters)
         return [f"{type(places[id(t)][0]).__name__}, closed form" for t in tensors]
 
     def kinds(self) -> list[str]:
         """Return, per parameter, what its optimizer keeps, by name: "AdamW", "SGD", "SGD without momentum"."""
         places = self._places()
         found = []
-        for tensor in _look_up(self._parameters):
+        for tensor in look_up(self._parameters):
             optimizer, group = places.get(id(tensor), (None, {}))
             without = " without momentum" if isinstance(optimizer, SGD) and not group["momentum"] else ""
             found.append(f"{type(optimizer).__name__}{without}")
@@ -164,11 +163,11 @@ class OptimizerSource:
         unsure = any(isinstance(verdict, Tensor) for verdict in verdicts)
         asked = Asked([w.grad for w in params] if self._ratios else None, previous and [previous[i] for i in chosen])
         if len(chosen) == len(weights) and not unsure:
-            return _sums(names, params, moves, (self._rows, self._squares), asked)
+            return sums_of(names, params, moves, (self._rows, self._squares), asked)
         if chosen:
-            found = _sums(names, params, moves, asked=asked)
+            found = sums_of(names, params, moves, asked=asked)
             if unsure:
-                held = _sums(names, params, [HELD] * len(params), asked=asked)
+                held = sums_of(names, params, [HELD] * len(params), asked=asked)
                 stays = torch.stack([_flag(verdict, self._rows) for verdict in verdicts])
                 found = torch.where(stays.unsqueeze(1), held[0], found[0]), torch.where(stays, held[1], found[1])
             index = self._indices.on(self._rows.device, chosen)
@@ -183,15 +182,45 @@ class OptimizerSource:
         Raises:
             ValueError: see there.
         """
-        weights, _, moves, skipped = self._read(None)
-        if any(isinstance(verdict, Tensor) for verdict in skipped):
+        weights, places = look_up(self._parameters), self._places()
+        if any(isinstance(_found_inf(optimizer), Tensor) for optimizer in self._optimizers):
             return None
-        return Moves(weights, *(list(part) for part in zip(*moves, strict=True)))  # type: ignore[arg-type]
+        moves: list[Move] = [HELD] * len(weights)
+        memo: dict[Any, Any] = {}
+        for optimizer, group, members in self._by_group(weights, places):
+            # What move_of() does, with what a group's parameters have in common looked up once.
+            fused, form, states = group["fused"], CLOSED_FORMS[type(optimizer)], optimizer.state
+            for i in () if _found_inf(optimizer) else members:
+                w = weights[i]
+                grad = w.grad
+                if grad is not None:
+                    moves[i] = (
+                        move_of(optimizer, group, w, memo) if fused else form(group, grad, states.get(w) or {}, memo)
+                    )
+        return Moves(weights, *(list(part) for part in zip(*moves, strict=True)))
+
+    def _by_group(
+        self, weights: list[Tensor], places: dict[int, tuple[Optimizer, dict[str, Any]]]
+    ) -> list[tuple[Optimizer, dict[str, Any], list[int]]]:
+        """Return the places of the parameters of every group that has some."""
+        if self._grouped is not None:
+            before, known, found = self._grouped
+            if known is places and all(map(is_, weights, before)):
+                return found
+        members: dict[int, tuple[Optimizer, dict[str, Any], list[int]]] = {}
+        for i, w in enumerate(weights):
+            place = places.get(id(w))
+            if place is None:
+                self._refuse_stranger(i)
+            optimizer, group = place
+            members.setdefault(id(group), (optimizer, group, []))[2].append(i)
+        self._grouped = weights, places, list(members.values())
+        return self._grouped[2]
 
     def _read(self, only: Optimizer | None) -> tuple[list[Tensor], list[int], list[Move], list[bool | Tensor]]:
         """Return all parameters, which of them are of that optimizer, what has moved those, and of each of all whether
         its step was skipped."""
-        weights = _look_up(self._parameters)
+        weights = look_up(self._parameters)
         places = self._places()
         found_inf = {id(optimizer): _found_inf(optimizer) for optimizer in self._optimizers}
         memo: dict[Any, Any] = {}
@@ -270,7 +299,7 @@ class SnapshotSource:
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
         self._parameters = list(parameters)
-        _refuse_twins(self._parameters, _look_up(self._parameters))
+        refuse_twins(self._parameters, look_up(self._parameters))
         self._before: list[tuple[Tensor, Tensor]] | None = None
 
     def describe(self) -> list[str]:
@@ -280,12 +309,12 @@ class SnapshotSource:
     @property
     def peak_bytes(self) -> int:
         """Bytes that the copies take while a step runs."""
-        return sum(t.numel() * t.element_size() for t in _look_up(self._parameters))
+        return sum(t.numel() * t.element_size() for t in look_up(self._parameters))
 
     def before(self) -> None:
         """Copy the parameters: in a pre-step hook, on steps that are looked at."""
         self._before = None  # the old copies go before new ones come
-        self._before = [(t, t.detach().clone()) for t in _look_up(self._parameters)]
+        self._before = [(t, t.detach().clone()) for t in look_up(self._parameters)]
 
     def sums(self) -> Sums:
         """Return rows and squares of the step since before(); the copies are freed, also when this raises.
@@ -297,14 +326,14 @@ class SnapshotSource:
         before, self._before = self._before, None
         if before is None:
             raise RuntimeError("SnapshotSource.sums() needs before() ahead of the same step (a pre-step hook)")
-        tensors = _look_up(self._parameters)
+        tensors = look_up(self._parameters)
         names = [name for name, _, _ in self._parameters]
         for name, tensor, (original, _) in zip(names, tensors, before, strict=True):
             if tensor is not original:
                 raise ValueError(
                     f"trajectory: parameter {name!r} was replaced during the step, so nothing was measured"
                 )
-        return _sums(names, tensors, [(copy, None, DIFFERENCE) for _, copy in before])
+        return sums_of(names, tensors, [(copy, None, DIFFERENCE) for _, copy in before])
 
 
 class GivenSource:
@@ -341,25 +370,7 @@ class GivenSource:
                     "trajectory, None for one that did not move"
                 )
         moves = [HELD if updates[n] is None else (updates[n], None, GIVEN) for n in names]
-        return _sums(names, _look_up(self._parameters), moves)
-
-
-def _look_up(parameters: Sequence[Parameter]) -> list[Tensor]:
-    tensors = []
-    for name, owner, key in parameters:
-        tensor = owner.get(key)
-        if tensor is None:
-            raise ValueError(f"trajectory: parameter {name!r} was removed from its module; make this metric anew")
-        tensors.append(tensor)
-    return tensors
-
-
-def _refuse_twins(parameters: Sequence[Parameter], tensors: Sequence[Tensor]) -> None:
-    seen: dict[int, str] = {}
-    for (name, _, _), tensor in zip(parameters, tensors, strict=True):
-        if id(tensor) in seen:
-            raise ValueError(f"parameters: {seen[id(tensor)]!r} and {name!r} are one tensor (tied); list it once")
-        seen[id(tensor)] = name
+        return sums_of(names, look_up(self._parameters), moves)
 
 
 def _found_inf(optimizer: Optimizer) -> bool | Tensor:
@@ -376,51 +387,3 @@ def _flag(verdict: bool | Tensor, like: Tensor) -> Tensor:
     if isinstance(verdict, Tensor):
         return verdict.reshape(()) != 0
     return torch.full((), verdict, device=like.device)
-
-
-class Asked(NamedTuple):
-    """Tensors that are read for squares which only some ask for."""
-
-    gradients: Sequence[Tensor | None] | None = None
-    previous: Sequence[Tensor] | None = None
-
-
-def _sums(
-    names: Sequence[str],
-    params: list[Tensor],
-    moves: Sequence[Move],
-    out: Sums | None = None,
-    asked: Asked | None = None,
-) -> Sums:
-    gradients, previous = asked or Asked()
-    params = [local_shard(tensor) for tensor in params]  # of a sharded parameter, what this rank has of it
-    first, second = ([None if m[i] is None else local_shard(m[i]) for m in moves] for i in range(2))
-    if gradients is not None:
-        gradients = [None if g is None else local_shard(g.resolve_neg()) for g in gradients]
-    rules: list[UpdateRule] = [move[2] for move in moves]
-    if out is not None:
-        try:
-            _core.update_sums(params, first, second, rules, *out, gradients, previous)
-            return out
-        except (TypeError, ValueError):
-            pass  # a layout that has to be copied; what is wrong for good is said below
-    try:
-        rows, squares = functional.update_sums(params, first, second, rules, gradients=gradients, previous=previous)
-    except (TypeError, ValueError) as error:
-        raise type(error)(_in_words(str(error), names)) from None
-    if out is None:
-        return rows, squares
-    out[0].copy_(rows)
-    out[1].copy_(squares)
-    return out
-
-
-def _in_words(message: str, names: Sequence[str]) -> str:
-    """Turn the message about an argument of the op into one about the parameter."""
-    found = re.match(r"(params|first|second|rules|gradients|previous)\[(\d+)\]: ", message)
-    if not found:
-        return f"trajectory: {message}"
-    tensor = {"params": "", "first": ": its gradient, momentum or update", "second": ": its second state", "rules": ""}
-    tensor |= {"gradients": ": its gradient", "previous": ": its value before the step"}
-    what = message[found.end() :]
-    return f"trajectory: parameter {names[int(found.group(2))]!r}{tensor[found.group(1)]} {what}"

@@ -15,7 +15,8 @@ from lipcore.functional.update_sums import MOMENTUM, UNEXPLAINED
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.trajectory.mean_ring import MeanRing
 from lipcore.trajectory.parameters import WatchedParameter
-from lipcore.trajectory.sources import OptimizerSource, Sums, supported_here
+from lipcore.trajectory.source_sums import Sums
+from lipcore.trajectory.sources import OptimizerSource, supported_here
 from lipcore.trajectory.table import Table
 
 #: In half ulps of w and dw together: what a step may differ by from its formula. Measured by bench/movement_floor.py,

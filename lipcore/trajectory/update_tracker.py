@@ -20,7 +20,8 @@ from lipcore.metric.results import MetricResult
 from lipcore.trajectory.describe import MOVES
 from lipcore.trajectory.mean_ring import MeanRing
 from lipcore.trajectory.parameters import WatchedParameter
-from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, Sums, supported_here
+from lipcore.trajectory.source_sums import Sums
+from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, supported_here
 from lipcore.trajectory.tracker import Tracker
 
 #: From the optimizer's state, by the row of their squares in what update_sums() returns.

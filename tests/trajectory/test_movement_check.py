@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ from lipcore.functional.update_rules import UpdateRule
 from lipcore.functional.update_sums import MOMENTUM, UNEXPLAINED
 from lipcore.trajectory.mean_ring import quotients
 from lipcore.trajectory.parameters import WatchedParameter
+from lipcore.trajectory.sources import OptimizerSource
 from lipcore.trajectory.table import Table
 from lipcore.trajectory.tracker import Tracker
 
@@ -177,3 +179,46 @@ def test_quotients_of_tensors_groups_and_all() -> None:
         _core.step_quotients(recent, 0, 2, table.group_of_on_host, 3, found)
     with pytest.raises(ValueError, match=r"^group_of\[1\]: is not one of the groups"):
         _core.step_quotients(recent, 0, 4, table.group_of_on_host, 1, torch.empty(4, 5, dtype=torch.float64))
+
+
+def test_what_moved_parameters_is_as_the_optimizer_is_now() -> None:
+    """Groups and state are looked up once for as long as they stay, and no longer."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    owner: dict[str, Any] = dict(model.named_parameters())
+    parameters = [(name, owner, name) for name in owner]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    source = OptimizerSource(optimizer, parameters)
+
+    def check() -> None:
+        model(torch.randn(2, 3)).sum().backward()
+        optimizer.step()
+        found, fresh = source.moves(), OptimizerSource(optimizer, parameters).moves()
+        assert found is not None
+        assert fresh is not None
+        assert found.rules == fresh.rules
+        states = [optimizer.state[parameter] for parameter in owner.values()]
+        assert all(one is state["exp_avg"] for one, state in zip(found.first, states, strict=True))
+        assert all(one is state["exp_avg_sq"] for one, state in zip(found.second, states, strict=True))
+        rows, squares = source.sums()
+        expected = functional.update_sums(*found)
+        assert same_bits(rows, expected[0])
+        assert same_bits(squares[:UNEXPLAINED].nan_to_num(-1), expected[1][:UNEXPLAINED].nan_to_num(-1))
+
+    check()
+    check()
+    moved = optimizer.param_groups[0]["params"].pop(1)
+    optimizer.add_param_group({"params": [moved], "lr": 0.1})
+    check()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    check()
+    optimizer.param_groups[1]["lr"] = 0.2
+    check()
+    model[1].bias.grad = None
+    optimizer.step()
+    found = source.moves()
+    assert found is not None
+    assert found.first[3] is None
+    assert found.rules[3] == UpdateRule()
+    optimizer.param_groups[0]["params"].pop()
+    with pytest.raises(ValueError, match="parameter '1.bias' of the model is not the optimizer's any more"):
+        source.moves()
