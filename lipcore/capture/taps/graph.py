@@ -89,7 +89,7 @@ def _is_of_model(node: Any) -> bool:
 
 
 class _Kind(NamedTuple):
-    """What is so of all nodes of a type."""
+    """Facts about all nodes of a type."""
 
     name: str  #: "" where each of them has its own
     counts: bool

@@ -339,7 +339,7 @@ class InputHook:
 
     @property
     def before_casts(self) -> Callable[..., None] | None:
-        """What a sharded model's input is looked at by before fully_shard() casts it; None where nothing is."""
+        """Hook that looks at a sharded model's input before fully_shard() casts it; None where there is none."""
         return self._sharded.count_places if self._sharded is not None and self.at is self._model else None
 
     @property
