@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from lipcore.layers.factor import Factor
-from lipcore.layers.factor_products import vector_dots, vector_gram, vector_sum
+from lipcore.layers.factor_vectors import Vectors
 
 
-class Dense(Factor):
+class Dense(Vectors):
     r"""The per-sample gradients themselves, [B, \*shape of the parameter]."""
 
     def __init__(self, grads: Tensor) -> None:
@@ -21,22 +21,13 @@ class Dense(Factor):
         return self.grads.shape[0]
 
     def norms_sq(self) -> Tensor:
-        return self._vectors().square().sum(1)
+        return self.vectors().square().sum(1)
 
-    def _vectors(self) -> Tensor:
+    def vectors(self) -> Tensor:
         return self.grads.detach().double().reshape(self.samples, self.grads[:1].numel())
 
     def dense(self, sample: int) -> Tensor:
         return self.grads[sample].detach().double()
-
-    def weighted_sum(self, coefficients: Tensor) -> Tensor:
-        return vector_sum(self._vectors(), coefficients, self.shape)
-
-    def dots(self, references: Tensor) -> Tensor:
-        return vector_dots(self._vectors(), references)
-
-    def gram(self) -> Tensor:
-        return vector_gram(self._vectors())
 
     def join(self, other: Factor) -> Factor:
         if isinstance(other, Dense) and other.grads.shape == self.grads.shape:

@@ -8,11 +8,12 @@ from torch import Tensor
 from lipcore import functional as F
 from lipcore.functional.ordered_sums import sum_by_index
 from lipcore.layers.factor import Factor
-from lipcore.layers.factor_products import owners, product, vector_dots, vector_gram, vector_sum
+from lipcore.layers.factor_products import owners, product
 from lipcore.layers.factor_rows import concatenate, number_of_samples, rows
+from lipcore.layers.factor_vectors import Vectors
 
 
-class RowSum(Factor):
+class RowSum(Vectors):
     r"""The sum over rows :math:`\sum_t g_{bt}`, or :math:`\sum_t g_{bt} \odot x_{bt}`: [B, T, F], or packed.
 
     shape: of the parameter, where it is not [F].
@@ -44,21 +45,10 @@ class RowSum(Factor):
         return terms.sum(0).reshape(self.shape)
 
     def vectors(self) -> Tensor:
-        """Return the gradients, [B, F], which are smaller than the rows; in float32 at least, as torch sums the
-        batch's."""
         terms = product(self.grad, self.x)
         if self.offsets is None:
             return terms.sum(1) if terms.shape[1] != 1 else terms[:, 0]
         return sum_by_index(terms, owners(self.grad, self.offsets), self.samples + 1)[:-1]
-
-    def weighted_sum(self, coefficients: Tensor) -> Tensor:
-        return vector_sum(self.vectors(), coefficients, self.shape)
-
-    def dots(self, references: Tensor) -> Tensor:
-        return vector_dots(self.vectors(), references)
-
-    def gram(self) -> Tensor:
-        return vector_gram(self.vectors())
 
     def join(self, other: Factor) -> Factor:
         if not isinstance(other, RowSum) or other.shape != self.shape:
@@ -76,7 +66,7 @@ def is_sum_of(factor: Factor, grad: Tensor, offsets: Tensor | None) -> bool:
     return type(factor) is RowSum and factor.x is None and factor.grad is grad and factor.offsets is offsets
 
 
-class ChannelSum(Factor):
+class ChannelSum(Vectors):
     r"""The sum over space :math:`\sum_s g_{bcs}`, or :math:`\sum_s g_{bcs} x_{bcs}`: [B, C, \*space] or [B, C]."""
 
     def __init__(self, grad: Tensor, x: Tensor | None = None) -> None:
@@ -105,18 +95,8 @@ class ChannelSum(Factor):
         return terms.flatten(1).sum(1) if terms.dim() > 1 else terms
 
     def vectors(self) -> Tensor:
-        """Return the gradients, [B, C], which are smaller than the activations; in float32 at least."""
         terms = product(self.grad, self.x)
         return terms.flatten(2).sum(2) if terms.dim() > 2 else terms
-
-    def weighted_sum(self, coefficients: Tensor) -> Tensor:
-        return vector_sum(self.vectors(), coefficients, self.shape)
-
-    def dots(self, references: Tensor) -> Tensor:
-        return vector_dots(self.vectors(), references)
-
-    def gram(self) -> Tensor:
-        return vector_gram(self.vectors())
 
     def join(self, other: Factor) -> Factor:
         if not isinstance(other, ChannelSum) or other.grad.shape[1] != self.grad.shape[1]:

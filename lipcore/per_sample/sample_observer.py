@@ -237,6 +237,7 @@ class SampleObserver(StandaloneMetric):
         before = None if self._last is None else self._last.record
         self._joint = before is not None and before.factors is not None and before.task == record.task
         self._last = norms
+        self._heard = self._heard or self._stands_alone  # which holds nothing until a step is made
         self._note_doubt(record)
         if doubt := self._unknown_scale or record.unproved:
             self._window.doubts.add(doubt)

@@ -210,3 +210,27 @@ def test_a_step_between_those_that_are_recorded_has_nan_in_its_own_length() -> N
             passed(model, size)
             optimizer.step()
             assert metric.per_sample.isnan().tolist() == [step % 2 == 1] * size
+
+
+@UNRECORDED
+@SIZES
+@pytest.mark.filterwarnings("error")
+def test_alone_samples_that_came_are_not_called_silence(without: Callable[..., None], size: int) -> None:
+    model = made(mlp)
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        for number in range(6):
+            if number == 2:  # for a penalty, say
+                without(model, sum_loss(model(torch.randn(size, 5))))
+            passed(model, size)
+            metric.update()
+
+
+@UNRECORDED
+def test_alone_nothing_but_such_passes_is_said_once(without: Callable[..., None]) -> None:
+    model = made(mlp)
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric, pytest.warns(UserWarning) as caught:
+        for _ in range(6):
+            without(model, sum_loss(model(torch.randn(3, 5))))
+            metric.update()
+    (said,) = (str(one.message) for one in caught)
+    assert "no sample for per_sample_grad_norm in 4 steps: the backward pass did not accumulate" in said
