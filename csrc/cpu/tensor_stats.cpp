@@ -265,9 +265,9 @@ LIPCORE_INLINE void add_singly(const T* x, int64_t count, uint32_t* bins, uint32
   }
 }
 
-// count <= kBlock
+// count <= kBlock. Outside of its callers, of which three share one.
 template <class T>
-LIPCORE_INLINE void observe_block(const T* x, int64_t count, Histogram* histogram, TensorStats* stats) {
+LIPCORE_OUTLINE void observe_block(const T* x, int64_t count, Histogram* histogram, TensorStats* stats) {
   alignas(64) uint32_t places[kBlock];
   alignas(64) T kept[kBlock];
   Look<T> seen = look(x, count);
