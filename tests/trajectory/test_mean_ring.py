@@ -27,7 +27,7 @@ def test_means_are_those_of_their_steps() -> None:
     sums = torch.tensor(steps[2:], dtype=torch.float64)
     groups = torch.stack([sums[:, :2].sum(1), sums[:, 2], sums.sum(1)], dim=1)
     of_all = torch.cat([sums, groups], dim=1)
-    assert torch.equal(found, (of_all[..., 0] / of_all[..., 1]).sqrt())
+    torch.testing.assert_close(found, (of_all[..., 0] / of_all[..., 1]).sqrt(), rtol=1e-14, atol=0)
 
 
 def test_a_step_that_was_not_taken_is_not_known() -> None:
