@@ -88,7 +88,9 @@ class TrajectoryPlan:
     """
     def __init__(self, entries: collections.abc.Sequence[tuple], ledger: Ledger) -> None:
         ...
-    def step(self, check: MovementCheck | None = None) -> bool:
+    def step(self) -> bool:
+        ...
+    def step_with(self, check: MovementCheck) -> bool:
         ...
     @property
     def block(self) -> int:

@@ -365,13 +365,13 @@ void bind_trajectory(py::module_& m) {
       .def("drop", &MovementCheck::drop);
   py::class_<TrajectoryPlan>(m, "TrajectoryPlan", "Parameters, their copies and the ledger of their movement.")
       .def(py::init(&make_plan), py::arg("entries"), py::arg("ledger"), py::keep_alive<1, 3>())
+      .def("step", [](TrajectoryPlan& plan) { return check(plan.step()), plan.block == kTrajectoryBlock; })
       .def(
-          "step",
-          [](TrajectoryPlan& plan, MovementCheck* movement) {
-            check(plan.step(movement));
-            return plan.block == kTrajectoryBlock;
+          "step_with",
+          [](TrajectoryPlan& plan, MovementCheck& movement) {
+            return check(plan.step(&movement)), plan.block == kTrajectoryBlock;
           },
-          py::arg("check") = py::none())
+          py::arg("check"))
       .def_readwrite("block", &TrajectoryPlan::block)
       .def_readonly("captured", &TrajectoryPlan::captured);
   py::class_<SketchPlan>(m, "SketchPlan", "Parameters and the tensors that their sketches and weights are written to.")
