@@ -233,7 +233,7 @@ def test_a_batch_of_another_size_and_mode() -> None:
     run = monitor.metrics[NAME]._capture.proofs  # type: ignore[attr-defined]
     model.eval()
     assert monitor.prove(batch_of(0, 0, 6)) == {NAME: ""}
-    assert run._operations[6, 6]
+    assert run.operations._known[6, 6]
 
 
 @pytest.mark.parametrize("size", [4, 1])
