@@ -142,7 +142,9 @@ def build(
     first = next(iter(trackers.values()))
     gradients = None
     if stages:
-        gradients = Gradients(watched, wanted.ring, window_blocks, stages, first, by_name=by_name, others=others)
+        gradients = Gradients(
+            watched, wanted.ring, window_blocks, stages, first, by_name=by_name, others=others, optimizers=optimizers
+        )
     unexplained = None
     exact = trackers.get("exact")
     if wanted.explains and exact is not None and exact.copies is not None:

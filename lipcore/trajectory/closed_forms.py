@@ -159,3 +159,29 @@ CLOSED_FORMS: dict[type, Callable[[Group, Tensor, Group, dict[Any, Any]], Move]]
     Adam: _adam,
     AdamW: _adam,
 }
+
+
+def supported(optimizer: Any) -> str | None:
+    """Return why an optimizer's updates cannot be had from its state; None when they can.
+
+    Closed forms are of exactly torch.optim.SGD, Adam and AdamW. What a subclass's step does nobody knows.
+    """
+    kind = type(optimizer)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if not isinstance(optimizer, Optimizer):
+        return f"{name} is not a torch.optim.Optimizer"
+    if kind not in CLOSED_FORMS:
+        base = next((known.__name__ for known in (AdamW, Adam, SGD) if isinstance(optimizer, known)), None)
+        derived = f", a subclass of {base} whose step may do anything," if base else ""
+        return f"{name}{derived} has no closed form here (torch.optim.SGD, Adam and AdamW do, unless subclassed)"
+    for i, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"] if group["fused"] else ():
+            if (reason := why_not_fused(kind, parameter)) is not None:
+                return f"{name}: parameter group {i}: {reason}"
+        decay = group["weight_decay"]
+        if isinstance(decay, Tensor) and (decay.requires_grad or decay.device.type != "cpu"):
+            return (
+                f"{name}: weight_decay of parameter group {i} is a tensor that "
+                f"{'requires gradients' if decay.requires_grad else f'lies on {decay.device}'}; pass a number"
+            )
+    return None

@@ -94,6 +94,7 @@ class Gradients:
         by_name: whether the user has asked for them.
         others: parameters that other ranks watch and this one holds too. Whether a step has gradients is asked of them
             as well: it is to be the same on all ranks, so that a parameter without one counts as 0.
+        optimizers: all that make a step together.
     """
 
     def __init__(
@@ -106,7 +107,10 @@ class Gradients:
         *,
         by_name: bool,
         others: Sequence[WatchedParameter] = (),
+        optimizers: Sequence[Any] = (),
     ) -> None:
+        self._optimizers = list(optimizers)
+        self._stepping: list[Optimizer] = []  # those that were about to make this step
         self._watched, wanted = watched, set(stages)
         self._held = [*watched, *others]
         # Alone the gradients of DTensors can be partial.
@@ -137,6 +141,8 @@ class Gradients:
         """Take the gradients right before the step of this optimizer; without one, before the step of all of them."""
         if USED not in self.trackers:
             return
+        if optimizer is not None:
+            self._stepping.append(optimizer)
         # A fused optimizer takes the scale out of the gradients itself.
         scale = getattr(optimizer, "grad_scale", None)
         scale = 1.0 if scale is None else scale
@@ -149,20 +155,28 @@ class Gradients:
         if sums is None:
             self._used = None
             return
-        own = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-        rows = self._indices.on(
-            sums.device,
-            [
-                i
-                for i, parameter in enumerate(self._watched)
-                if id(parameter.tensor) in own or id(parameter.shadow) in own
-            ],
-        )
+        rows = self._rows_of(_ids_of([optimizer]))
         self._used.index_copy_(0, rows, sums.index_select(0, rows))
+
+    def _rows_of(self, own: set[int]) -> Tensor:
+        """Return the rows of parameters with these ids."""
+        held = [
+            (one.owner.get(one.key), one.shadow) for one in self._watched
+        ]  # as the optimizers have them, not shards
+        return self._indices.on(self._device, [i for i, pair in enumerate(held) if any(id(one) in own for one in pair)])
+
+    def _leave_out_skipped(self, used: Tensor) -> None:
+        """Count as 0 the gradients of optimizers that a GradScaler had make no step: what was read before the others'
+        steps still has its scale, and nobody got it."""
+        if 0 < len({id(optimizer) for optimizer in self._stepping}) < len(self._optimizers):
+            used.index_fill_(0, self._rows_of(_ids_of(self._optimizers) - _ids_of(self._stepping)), 0)
 
     def observe_step(self) -> None:
         """Count a step with the gradients that were taken for it."""
         before, used, self._before, self._used = self._before, self._used, None, None
+        if used is not None:
+            self._leave_out_skipped(used)
+        self._stepping = []
         for stage, tracker in self.trackers.items():
             sums = before if stage == BEFORE else used
             if sums is None:
@@ -216,6 +230,11 @@ def _square_of(scale: Tensor | float, like: Tensor) -> Tensor | float:
     # One number of the host is an argument of the kernel.
     scale = scale.detach().reshape(())
     return (scale if scale.is_cpu else scale.to(like.device)).double().square()
+
+
+def _ids_of(optimizers: Iterable[Any]) -> set[int]:
+    groups = (group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ()))
+    return {id(tensor) for group in groups for tensor in group["params"]}
 
 
 def _gradient(parameter: WatchedParameter) -> Tensor | None:

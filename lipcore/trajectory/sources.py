@@ -12,13 +12,13 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Optimizer
 
 from lipcore import _core
 from lipcore.functional.update_rules import DIFFERENCE, GIVEN, Scalar, UpdateRule
 from lipcore.metric.optimizers import hooked_before
 from lipcore.models.device_index import DeviceIndices
-from lipcore.trajectory.closed_forms import CLOSED_FORMS, HELD, Move, move_of, why_not_fused
+from lipcore.trajectory.closed_forms import CLOSED_FORMS, HELD, Move, move_of, supported
 from lipcore.trajectory.source_sums import Asked, Parameter, Sums, look_up, refuse_twins, sums_of
 
 
@@ -29,32 +29,6 @@ class Moves(NamedTuple):
     first: list[Tensor | None]
     second: list[Tensor | None]
     rules: list[UpdateRule]
-
-
-def supported(optimizer: Any) -> str | None:
-    """Return why an optimizer's updates cannot be had from its state; None when they can.
-
-    Closed forms are of exactly torch.optim.SGD, Adam and AdamW. What a subclass's step does nobody knows.
-    """
-    kind = type(optimizer)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    if not isinstance(optimizer, Optimizer):
-        return f"{name} is not a torch.optim.Optimizer"
-    if kind not in CLOSED_FORMS:
-        base = next((known.__name__ for known in (AdamW, Adam, SGD) if isinstance(optimizer, known)), None)
-        derived = f", a subclass of {base} whose step may do anything," if base else ""
-        return f"{name}{derived} has no closed form here (torch.optim.SGD, Adam and AdamW do, unless subclassed)"
-    for i, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"] if group["fused"] else ():
-            if (reason := why_not_fused(kind, parameter)) is not None:
-                return f"{name}: parameter group {i}: {reason}"
-        decay = group["weight_decay"]
-        if isinstance(decay, Tensor) and (decay.requires_grad or decay.device.type != "cpu"):
-            return (
-                f"{name}: weight_decay of parameter group {i} is a tensor that "
-                f"{'requires gradients' if decay.requires_grad else f'lies on {decay.device}'}; pass a number"
-            )
-    return None
 
 
 def supported_here(optimizer: Any) -> str | None:
@@ -103,6 +77,7 @@ class OptimizerSource:
             None
         )
         self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        self._stepped: set[int] = set()  # those whose own step was read since the last finish()
         self._parameters = list(parameters)
         for i, optimizer in enumerate(self._optimizers):
             if (reason := supported(optimizer)) is not None:
@@ -146,7 +121,7 @@ class OptimizerSource:
 
         Args:
             only: where several optimizers step one after the other, the one whose hook this is. The rows of the others'
-                parameters keep the values of their own call. Without it, of all.
+                parameters keep the values of their own call, and :meth:`finish` ends the step. Without it, of all.
             previous: the parameters before the step, for what they did beside it.
 
         Raises:
@@ -154,6 +129,8 @@ class OptimizerSource:
                 layout that does not fit.
         """
         weights, chosen, moves, skipped = self._read(only)
+        if only is not None:
+            self._stepped.add(id(only))
         for i, move in zip(chosen, moves, strict=True):
             self._mixes[i] = move[2].mix
         names = [self._parameters[i][0] for i in chosen]
@@ -170,10 +147,37 @@ class OptimizerSource:
                 held = sums_of(names, params, [HELD] * len(params), asked=asked)
                 stays = torch.stack([_flag(verdict, self._rows) for verdict in verdicts])
                 found = torch.where(stays.unsqueeze(1), held[0], found[0]), torch.where(stays, held[1], found[1])
-            index = self._indices.on(self._rows.device, chosen)
-            self._rows.index_copy_(0, index, found[0])
-            self._squares.index_copy_(1, index, found[1])
+            self._take(chosen, found)
         return self._rows, self._squares
+
+    def finish(self, *, previous: Sequence[Tensor] | None = None) -> Sums:
+        """Return rows and squares of a step that is over: where :meth:`sums` was called for optimizers one by one, what
+        it found of them, and of the others, which made no step (a GradScaler skipped it), that their parameters stayed;
+        else as :meth:`sums` of all.
+
+        Args:
+            previous: as there.
+
+        Raises:
+            ValueError: see there.
+        """
+        stepped, self._stepped = self._stepped, set()
+        if not stepped:
+            return self.sums(previous=previous)
+        if any(id(optimizer) not in stepped for optimizer in self._optimizers):
+            weights, places = look_up(self._parameters), self._places()
+            held = [i for i, w in enumerate(weights) if id(w) in places and id(places[id(w)][0]) not in stepped]
+            if held:
+                names, params = [self._parameters[i][0] for i in held], [weights[i] for i in held]
+                asked = Asked(previous=previous and [previous[i] for i in held])
+                self._take(held, sums_of(names, params, [HELD] * len(held), asked=asked))
+        return self._rows, self._squares
+
+    def _take(self, places: Sequence[int], found: Sums) -> None:
+        """Put what was found of some parameters beside that of the others."""
+        index = self._indices.on(self._rows.device, places)
+        self._rows.index_copy_(0, index, found[0])
+        self._squares.index_copy_(1, index, found[1])
 
     def moves(self) -> Moves | None:
         """Return what has moved every parameter in the step that was just made; None where only a GPU knows whether

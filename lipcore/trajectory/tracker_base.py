@@ -121,7 +121,10 @@ class TrackerBase:
     def step_with(self, check: _core.MovementCheck) -> bool:
         """Take that step, and make a check of movement in the same pass over memory."""
         assert self._plan is not None
-        return self._plan.step_with(check)
+        try:
+            return self._plan.step_with(check)
+        finally:
+            check.drop()  # a step that is refused lets go of gradients and states too
 
     def observe(self, sums: Tensor) -> bool:
         """Count a step from sums made elsewhere, float64 [tensors, 6] as `trajectory_step` returns them; True when

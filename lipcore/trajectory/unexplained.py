@@ -97,7 +97,7 @@ class Unexplained:
         self._turn = 0
         self._copies: list[Tensor] | None = None  # of those whose turn it is
         self._over = False  # no step comes any more
-        self._each: Sums | None = None
+        self._by_each = False  # optimizers' own steps were read one by one
         device = table.rows.device
         self._units_sq, self._index = [], []
         for share in self._shares:
@@ -143,12 +143,12 @@ class Unexplained:
         """Check nothing from now on, and warn of it."""
         message = f"alarms: unexplained_movement checks nothing from now on: {why}"
         warn_in_hook(message, RuntimeWarning, stacklevel=6)
-        self._sources, self._each, self._copies, self.bytes = [], None, None, 0
+        self._sources, self._by_each, self._copies, self.bytes = [], False, None, 0
         self.why_not = self.why_not | dict.fromkeys(self._names, why)
 
     def end(self) -> None:
         """Let the copies go: no step comes any more."""
-        self._over, self._copies, self._each = True, None, None
+        self._over, self._copies, self._by_each = True, None, False
 
     def begin(self) -> None:
         """Check the next step from the parameters as they are now: they were set by something else than a step."""
@@ -159,15 +159,15 @@ class Unexplained:
 
     def after_step_of(self, optimizer: Optimizer) -> None:
         """Take the step of one of several optimizers, in whose hook alone its gradients and verdict are there."""
-        self._each = self._sums(optimizer)
+        self._by_each = self._sums(optimizer) is not None
 
     def observe(self) -> _core.MovementCheck | None:
         """Take a step in, before the copies follow, or return the check for the tracker that has them to make with its
         step. Nothing waits for a device, and nothing is raised: a step that cannot be read any more ends the check."""
-        each, self._each = self._each, None
-        if each is None and self._has_taken():
+        by_each, self._by_each = self._by_each, False
+        if not by_each and self._has_taken():
             return self._core
-        sums = each or self._sums(None)
+        sums = self._sums(None)
         if sums is None or self.turns > 1:
             self._scores.fill_(torch.nan)
         if sums is not None and self._sources:
@@ -203,8 +203,9 @@ class Unexplained:
         if not self._sources:
             return None
         previous = self._copies if self._previous is None else self._before
+        source = self._sources[self._turn]
         try:
-            return self._sources[self._turn].sums(only=only, previous=previous)
+            return source.finish(previous=previous) if only is None else source.sums(only, previous=previous)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             self.stop(f"the optimizer's step could not be read: {error}")
             return None

@@ -20,7 +20,6 @@ from lipcore.metric.results import MetricResult
 from lipcore.trajectory.describe import MOVES
 from lipcore.trajectory.mean_ring import MeanRing
 from lipcore.trajectory.parameters import WatchedParameter
-from lipcore.trajectory.source_sums import Sums
 from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, supported_here
 from lipcore.trajectory.tracker import Tracker
 
@@ -83,7 +82,6 @@ class UpdateTracker(Tracker):
         named = [(parameter.name, parameter.owner, parameter.key) for parameter in watched]
         self.source: OptimizerSource | SnapshotSource | GivenSource
         self._given: Mapping[str, Tensor] | None = None
-        self._each: Sums | None = None
         if source == "optimizer":
             if not optimizers:
                 raise ValueError(
@@ -118,16 +116,17 @@ class UpdateTracker(Tracker):
         """Take the update of one of several optimizers that step in turn: its own state, gradients and skipped steps
         are there in its hook alone."""
         if isinstance(self.source, OptimizerSource):
-            self._each = self.source.sums(only=optimizer)
+            self.source.sums(only=optimizer)
 
     def step(self) -> bool:
         """Take in what the source says; True when settle() is due."""
         if isinstance(self.source, GivenSource):
             given, self._given = self._given, None
             sums, squares = self.source.sums(given)  # type: ignore[arg-type]
+        elif isinstance(self.source, OptimizerSource):
+            sums, squares = self.source.finish()
         else:
-            each, self._each = self._each, None
-            sums, squares = each or self.source.sums()
+            sums, squares = self.source.sums()
         if self._roots is not None:
             _core.observe_squares(squares[:_KEPT].view(-1), self._roots)
         for ring, row in ((self.ratios, RATIO), (self.normalized, NORMALIZED)):

@@ -169,8 +169,8 @@ ALARM_MUTANTS = (
     Mutant(
         "copies outlive the training",
         "lipcore/trajectory/unexplained.py",
-        "self._over, self._copies, self._each = True, None, None",
-        "self._over, self._each = True, None",
+        "self._over, self._copies, self._by_each = True, None, False",
+        "self._over, self._by_each = True, False",
         (f"{_UNEXPLAINED}::test_the_end_lets_the_copies_go",),
     ),
     Mutant(

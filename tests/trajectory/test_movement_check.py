@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -162,6 +163,18 @@ def test_state_in_another_layout_is_checked_too() -> None:
         scores.append([(event.step, event.place, event.score) for event in alarms.events])
     assert scores[0] == scores[1]
     assert [found[:2] for found in scores[0]] == [(5, "weight")]
+
+
+def test_a_refused_step_lets_go_of_what_was_taken() -> None:
+    stepped = Stepped()
+    stepped.first = [tensor.clone() for tensor in stepped.first]
+    state, check = weakref.ref(stepped.first[0]), stepped.check()
+    check.take(**stepped.taken())
+    del stepped.owner["1"]
+    with pytest.raises(ValueError, match="parameter '1' was removed"):
+        stepped.tracker.step_with(check)
+    stepped.first = []
+    assert state() is None
 
 
 def test_quotients_of_tensors_groups_and_all() -> None:

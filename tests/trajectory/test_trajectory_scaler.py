@@ -12,6 +12,7 @@ from points import Points, check_gradients, counted_hooks, gradient_norms
 from torch import nn
 
 from lipcore import Monitor, Trajectory
+from lipcore.alarms import Alarms
 
 STATS = ["grad_norm", "clipped_grad_norm"]
 DATA = batches(8, 4)
@@ -117,6 +118,66 @@ def test_a_scaler_that_skips_one_of_two_optimizers(fused: bool, order: tuple[int
     assert window["trajectory"].details["skipped_steps"] == 1
     points.check(window)
     assert window["trajectory"].unmoved_steps["0.weight"].sum.value == 1
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("stats", [None, ["update_norm", *STATS]])
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_a_skipped_optimizer_of_two_did_before_is_not_counted_again(
+    fused: bool, stats: list[Any] | None, order: tuple[int, int]
+) -> None:
+    """Its own parameters stood still, and it got no gradient."""
+    model = model_of()
+    pair = [torch.optim.AdamW(model[0].parameters(), fused=fused), torch.optim.SGD(model[2].parameters(), lr=0.1)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    moved, gradients = [], []
+    trajectory = Trajectory(stats=stats, source="optimizer")
+    with Monitor(model, pair, [trajectory], scaler=scaler) as monitor:
+        for i, (x, y) in enumerate(DATA):
+            for optimizer in pair:
+                optimizer.zero_grad()
+            before = [parameter.detach().clone() for parameter in model.parameters()]
+            scaler.scale(mse(model(x), y)).backward()
+            gradients.append(gradient_norms(model, scaler.get_scale()))
+            if i in (0, 2, 3):
+                model[2].weight.grad[0, 0] = math.inf
+            for j in order:
+                scaler.step(pair[j])
+            scaler.update()
+            moved.append([float((p.detach() - old).norm()) for p, old in zip(model.parameters(), before, strict=True)])
+        monitor.compute()  # takes the last step in
+        found = trajectory.drain()
+    names = [name for name, _ in model.named_parameters()]
+    columns = [found.places.index(name) for name in names]
+    torch.testing.assert_close(
+        found.update_norm[:, columns], torch.tensor(moved, dtype=torch.float64), rtol=1e-4, atol=0
+    )
+    if stats is not None:
+        for i, row in enumerate(found.clipped_grad_norm[:, columns].tolist()):
+            for name, norm in zip(names, row, strict=True):
+                gone = name.startswith("2.") and i in (0, 2, 3)
+                assert norm == pytest.approx(0.0 if gone else gradients[i][name], rel=1e-5)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_movement_of_a_skipped_optimizers_parameters_is_found(order: tuple[int, int]) -> None:
+    model = model_of()
+    pair = [torch.optim.Adam(module.parameters()) for module in (model[0], model[2])]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    alarms = Alarms(signals=["unexplained_movement"])
+    with Monitor(model, pair, [Trajectory()], scaler=scaler, alarms=alarms):
+        for i, (x, y) in enumerate(DATA):
+            for optimizer in pair:
+                optimizer.zero_grad()
+            scaler.scale(mse(model(x), y)).backward()
+            if i in (2, 4):
+                model[2].weight.grad[0, 0] = math.inf
+            if i == 4:
+                model[2].weight.data.mul_(1.1)
+            for j in order:
+                scaler.step(pair[j])
+            scaler.update()
+    assert [(event.step, event.place) for event in alarms.events] == [(5, "2.weight")]
 
 
 # ---- norms of gradients

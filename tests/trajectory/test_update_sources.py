@@ -21,7 +21,8 @@ from lipcore import Monitor, Trajectory
 from lipcore.functional import reference
 from lipcore.functional.update_rules import GIVEN
 from lipcore.functional.update_sums import MOMENTUM, NORMALIZED, RATIO, SECOND_MOMENT
-from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, supported
+from lipcore.trajectory.closed_forms import supported
+from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource
 
 OPTIMIZERS = {
     "sgd": (SGD, {"lr": 0.1}),
