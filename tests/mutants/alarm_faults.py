@@ -5,6 +5,7 @@ from __future__ import annotations
 from faults import Mutant
 
 _SNAPSHOTS, _AMID, _AFTER = "alarms/test_snapshot.py", "alarms/test_snapshots_amid.py", "alarms/test_samples_after.py"
+_SCALER = "trajectory/test_trajectory_scaler.py"
 _UNEXPLAINED, _FLIGHT, _LATE = "alarms/test_unexplained.py", "recording/test_flight.py", "monitor/test_late_names.py"
 
 ALARM_MUTANTS = (
@@ -172,6 +173,20 @@ ALARM_MUTANTS = (
         "self._over, self._copies, self._by_each = True, None, False",
         "self._over, self._by_each = True, False",
         (f"{_UNEXPLAINED}::test_the_end_lets_the_copies_go",),
+    ),
+    Mutant(
+        "the last step of an optimizer that was skipped counts again",
+        "lipcore/trajectory/sources.py",
+        "            if held:\n",
+        "            if False:\n",
+        (f"{_SCALER}::test_what_a_skipped_optimizer_of_two_did_before_is_not_counted_again",),
+    ),
+    Mutant(
+        "a gradient counts that a skipped optimizer did not get",
+        "lipcore/trajectory/gradient_norms.py",
+        "if 0 < len({id(optimizer) for optimizer in self._stepping}) < len(self._optimizers):",
+        "if not self._optimizers:",
+        (f"{_SCALER}::test_what_a_skipped_optimizer_of_two_did_before_is_not_counted_again",),
     ),
     Mutant(
         "what lasts is told again where a turn takes long",
