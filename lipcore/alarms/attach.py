@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from lipcore.alarms.alarms import Alarms
@@ -82,13 +82,15 @@ def norms_of(metrics: Iterable[Metric]) -> PerSampleGradNorms | None:
 
 
 class AlarmsListener(Listener):
-    """Listener by which Alarms hear of checkpoints and of the end, and the Trajectory that looks for them of that."""
+    """Listener by which Alarms hear of checkpoints and of the end, the Trajectory that looks for them of that, and who
+    stops for them, `go_behind`, of checkpoints."""
 
-    def __init__(self, alarms: Alarms, trajectory: Trajectory | None) -> None:
-        self._alarms, self._trajectory = alarms, trajectory
+    def __init__(self, alarms: Alarms, trajectory: Trajectory | None, go_behind: Callable[[int], None]) -> None:
+        self._alarms, self._trajectory, self._go_behind = alarms, trajectory, go_behind
 
     def state_loaded(self, step: int) -> None:
         self._alarms._go_behind(step)
+        self._go_behind(step)
 
     def ranks_part(self) -> None:
         self._alarms._part()

@@ -54,13 +54,11 @@ class Meeting:
         """Tell ranks that wait for this one that it has nothing to meet them for at this step; `who` calls."""
         self._store.set(self._at(self._place), json.dumps({"key": "", "step": step, "what": what, "who": who}))
 
-    def leave_word(self, where: str, word: str) -> None:
-        """Leave a word for all ranks, unless there is one."""
-        self._store.compare_set(f"{self._name}/word/{where}", "", word)
-
-    def take_back_word(self, where: str) -> None:
-        """Take back the word that was left for all ranks."""
-        self._store.set(f"{self._name}/word/{where}", "")
+    def leave_word(self, where: str, word: str, over: str = "") -> str:
+        """Leave a word for all ranks in the place of this one, "" for none, unless another stands there; return the one
+        that stands."""
+        stands: bytes = self._store.compare_set(f"{self._name}/word/{where}", over, word)
+        return stands.decode()
 
     def word(self, where: str) -> str:
         """Return the word that a rank has left; "" where none has."""

@@ -54,15 +54,11 @@ class Partners:
         meeting = _meeting(group)
         meeting.pass_by(what, step, meeting.number_of(self))
 
-    def leave_word(self, group: Group, where: str, word: str) -> None:
-        """Leave a word for all ranks, unless there is one."""
+    def leave_word(self, group: Group, where: str, word: str, over: str = "") -> str:
+        """Leave a word for all ranks in the place of this one, "" for none, unless another stands there; return the one
+        that stands."""
         meeting = _meeting(group)
-        meeting.leave_word(f"{meeting.number_of(self)}/{where}", word)
-
-    def take_back_word(self, group: Group, where: str) -> None:
-        """Take back the word that was left for all ranks."""
-        meeting = _meeting(group)
-        meeting.take_back_word(f"{meeting.number_of(self)}/{where}")
+        return meeting.leave_word(f"{meeting.number_of(self)}/{where}", word, over)
 
     def word(self, group: Group, where: str) -> str:
         """Return the word that a rank has left; "" where none has."""

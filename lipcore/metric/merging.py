@@ -158,13 +158,14 @@ def _holdings(offers: Sequence[Offer]) -> dict[str, Holding]:
 def _check_same(what: str, headers: Sequence[Header], group: Group) -> None:
     """Raise ValueError where ranks cannot go on together; on all of them alike, since all have the same headers."""
     first = headers[0]
-    for rank, other in zip(group.ranks, headers, strict=True):
-        for key, words in (("version", "have headers of version"), ("call", "are at")):
+    for key, words in (("call", "are at"), ("version", "have headers of version")):  # other calls say other things
+        for rank, other in zip(group.ranks, headers, strict=True):
             if other[key] != first[key]:
                 raise ValueError(
                     f"{what}: ranks {words} {first[key]} (rank {group.ranks[0]}) and {other[key]} (rank {rank}); all "
                     "ranks have to make the same call, with the same lipcore"
                 )
+    for rank, other in zip(group.ranks, headers, strict=True):
         mine, theirs = (header["windows"][-1]["steps"] for header in (first, other))
         if mine != theirs:
             raise ValueError(

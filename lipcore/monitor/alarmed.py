@@ -29,7 +29,6 @@ class Alarmed(Recorded):
     _meets: bool  # log() merges the windows of all ranks
     _parted: bool  # it has, and does so no more
     _appointment: Appointment  # of ranks that merge no windows
-    _appointed: bool  # this rank has asked for it
     _holds_stops: bool  # the loop makes calls in which the ranks can stop together
     _snapshots: Snapshots | None  # of alarms that ask for them
     _samples_after: SamplesAfter | None  # likewise
@@ -52,10 +51,10 @@ class Alarmed(Recorded):
                 self._failures.warn(f"alarms: unexplained_movement checks no parameter: {trajectory.why_unchecked}")
             if "rms_t" in alarms.signals and trajectory.why_no_rms_t:
                 self._failures.warn(f"alarms: rms_t never alarms: {trajectory.why_no_rms_t}")
-        self._appointment, self._appointed, self._holds_stops = Appointment(self._global.partners), False, False
+        self._appointment, self._holds_stops = Appointment(self._global.partners), False
         self._failures.holds = self._holds
         self._logged.listen(alarms._logged, prompt=True)
-        self._listeners.append(AlarmsListener(alarms, trajectory))
+        self._listeners.append(AlarmsListener(alarms, trajectory, self._go_behind))
         if alarms.snapshot is not None:
             parts = (rank(), self.model, self._optimizers, self._scaler)
             self._snapshots = Snapshots(alarms.snapshot, *parts, self._failures.warn)
@@ -109,66 +108,97 @@ class Alarmed(Recorded):
         """Let an alarm that is to stop this rank stop all of them, in a call that all of them make: in this very one,
         where it `merges` windows, for which the others would wait; else in one that the ranks appoint, in which they
         meet for that alone. Called in every :meth:`log` and :meth:`log_batch`, before errors are raised."""
-        group = self._global.partners.find()
-        if group is None or self.alarms is None or not self.alarms._stop or self._closed:
+        alarms = self.alarms
+        if alarms is None or not alarms._stop or self._closed:
             return
-        stop = self._failures.kept(AlarmStop)
-        merges = merges and self._meets and self._global.waits
         self._holds_stops = True
-        if not merges and self._is_appointed(group):
+        merges = merges and self._meets and self._global.waits
+        looks = not merges and self._appointment.looks(self._windows.step)
+        if not looks and self._failures.kept(AlarmStop) is None:
+            return
+        group = self._global.partners.find()
+        if group is None:
+            return
+        if looks and self._is_appointed(group):
             self._meet_to_stop(group)
-        elif stop is not None and self.alarms._wait_to_stop(stop.event):
-            self._failures.drop(AlarmStop)
-            if not merges:
-                self._appoint(group)
+        elif self._let_wait() and not merges:
+            self._appoint(group)
+
+    def _let_wait(self) -> bool:
+        """Let a stop that was kept for this rank alone wait for all of them, which raise the same one; return whether
+        there was one that they have not heard of."""
+        stop = self._failures.kept(AlarmStop)
+        if stop is None or self.alarms is None or not self.alarms._wait_to_stop(stop.event):
+            return False
+        self._failures.drop(AlarmStop)
+        return True
 
     def _is_appointed(self, group: Group) -> bool:
         """Return whether the ranks meet in this call; not asked where they do so elsewhere."""
-        if self._meets_ranks() and not self._appointed:
+        if self._meets_ranks() and not self._appointment.asked:
             return False
         try:
-            return self._appointment.is_due(group, self._windows.step)
+            due = self._appointment.is_due(group, self._windows.step)
         except RuntimeError:  # the store is gone, and the rank that had it
             return False
+        if self._appointment.is_called_off:
+            self._stop_none(group, "Another rank has looked for this one in vain, and has called it off")
+        return due
 
     def _appoint(self, group: Group) -> None:
         with suppress(RuntimeError):  # likewise
             self._appointment.ask(group, self._windows.step)
-            self._appointed = True
 
     def _meet_to_stop(self, group: Group) -> None:
         """Tell the other ranks of the alarms of this one, and hear of theirs; all stop, or none does."""
         header = {"version": 1, "call": _STOPS, "said": self._said()}
         try:
             found = self._global.partners.meet(group, _STOPS, self._windows.step, header)
-            self._appointment.keep()
-            self._heard([each["said"] for each in found])
         except RuntimeError as error:
-            assert self.alarms is not None
-            self.alarms._waits_to_stop = None
-            with suppress(RuntimeError):
-                self._appointment.call_off(group)
-            self._failures.warn(
-                "lipcore could not stop all ranks for an alarm, and so stops none: the others would wait for this one. "
-                f"{error}. Call monitor.log() or monitor.log_batch() on every rank at the same steps, or pass "
-                "group=None to a Monitor that is to stop its rank alone"
-            )
-        self._appointed = False
+            self._stop_none(group, str(error))
+            return
+        for number, each in zip(group.ranks, found, strict=True):
+            if each["call"] != _STOPS:  # all have the same headers, and so none stops
+                self._stop_none(group, f"Rank {number} is at {each['call']} at step {self._windows.step}")
+                return
+        self._appointment.keep()
+        self._heard([each["said"] for each in found])
+
+    def _stop_none(self, group: Group, why: str) -> None:
+        """Go on, with a warning, where the ranks do not meet to stop together."""
+        assert self.alarms is not None
+        self.alarms._waits_to_stop = None
+        with suppress(RuntimeError):
+            self._appointment.call_off(group)
+        self._failures.warn(
+            "lipcore could not stop all ranks for an alarm, and so stops none: the others would wait for this one. "
+            f"{why}. Call monitor.log() or monitor.log_batch() on every rank at the same steps, or pass group=None to "
+            "a Monitor that is to stop its rank alone"
+        )
 
     def _holds(self, error: Exception) -> bool:
         """Return whether an error that was kept waits for a call in which all ranks raise it."""
-        alarms = self.alarms
-        if not isinstance(error, AlarmStop) or alarms is None or not self._holds_stops or self._closed:
+        if not isinstance(error, AlarmStop) or self.alarms is None or not self._holds_stops:
             return False
-        return alarms._of_ranks.waits(error.event) and self._global.partners.find() is not None
+        return self.alarms._of_ranks.waits(error.event) and self._global.partners.find() is not None
+
+    def _go_behind(self, step: int) -> None:
+        """Go on behind this step: a checkpoint was loaded, and steps whose alarms were to stop are made anew."""
+        self._appointment.forget()
+        stop = self._failures.kept(AlarmStop)
+        if stop is not None and stop.event.step > step:
+            self._failures.drop(AlarmStop)
 
     def _said(self) -> Any:
         return None if self.alarms is None else self.alarms._said()
 
     def _heard(self, said: Sequence[Any]) -> None:
         if self.alarms is not None:
-            self._appointed = False
             group = self._global.partners.find()
+            if group is not None and self._appointment.asked:  # before they met here
+                with suppress(RuntimeError):
+                    self._appointment.call_off(group)
+            self._let_wait()
             ranks = group.ranks if group is not None else range(len(said))
             self.alarms._heard(dict(zip(ranks, said, strict=True)))
 
@@ -177,7 +207,7 @@ class Alarmed(Recorded):
         loop that has not called log() when its second window has closed is taken not to."""
         logs = self._logged.begun or (not self._closed and self._global.number_waiting < 2)
         meets = (self._meets and logs) or (bool(self._global.history) and not self._parted)
-        meets = (meets and not self._global.is_given_up) or self._appointed
+        meets = (meets and not self._global.is_given_up) or self._appointment.asked
         return meets and self._global.partners.find() is not None
 
     # ---- the clock
@@ -215,4 +245,7 @@ class Alarmed(Recorded):
 
     def _shut(self) -> None:
         super()._shut()
+        stop = self._failures.kept(AlarmStop)
+        if stop is not None and self._holds(stop):  # the training is over, and the others would wait for this rank
+            self._failures.drop(AlarmStop)
         self._write_snapshot()

@@ -151,6 +151,7 @@ def _check_alike(headers: Sequence[Mapping[str, Any]], group: Group | None) -> N
                 f"{_CALL}: ranks are at {first['call']} (rank {group.ranks[0]}) and {other['call']} (rank {rank}); all "
                 "ranks have to make the same call"
             )
+    for rank, other in zip(group.ranks, headers, strict=True):
         if other["metrics"] != first["metrics"]:
             mine, theirs = (_words(header["metrics"]) for header in (first, other))
             raise ValueError(
