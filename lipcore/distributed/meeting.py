@@ -57,8 +57,8 @@ class Meeting:
     def leave_word(self, where: str, word: str, over: str = "") -> str:
         """Leave a word for all ranks in the place of this one, "" for none, unless another stands there; return the one
         that stands."""
-        stands: bytes = self._store.compare_set(f"{self._name}/word/{where}", over, word)
-        return stands.decode()
+        standing: bytes = self._store.compare_set(f"{self._name}/word/{where}", over, word)
+        return standing.decode()
 
     def word(self, where: str) -> str:
         """Return the word that a rank has left; "" where none has."""

@@ -245,7 +245,7 @@ class Alarmed(Recorded):
 
     def _shut(self) -> None:
         super()._shut()
+        self._write_snapshot()
         stop = self._failures.kept(AlarmStop)
         if stop is not None and self._holds(stop):  # the training is over, and the others would wait for this rank
             self._failures.drop(AlarmStop)
-        self._write_snapshot()
