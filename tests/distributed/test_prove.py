@@ -18,6 +18,7 @@ from torch import nn
 
 from lipcore import Lipschitz, Monitor, PerSampleGradDots, PerSampleGradNorms, TensorStats, Trajectory
 from lipcore.alarms import Alarms
+from lipcore.distributed.group import Group
 from lipcore.monitor import prove
 
 FLAWS = {
@@ -263,3 +264,10 @@ def test_windows_of_other_metrics_do_not_notice(size: int) -> None:
         found.append((told, [window.flat() for window in monitor.history]))
     for without, with_proofs in zip(*found, strict=True):
         assert repr(without) == repr(with_proofs)
+
+
+def test_a_rank_at_another_call_is_named_whatever_that_says() -> None:
+    """Headers of other calls have other words."""
+    group = Group(None, (0, 1), 1)
+    with pytest.raises(ValueError, match=r"monitor\.global_window\(\) \(rank 0\) and .* \(rank 1\)"):
+        prove._check_alike([{"call": "monitor.global_window()"}, {"call": "prove", "metrics": []}], group)
