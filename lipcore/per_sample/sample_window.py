@@ -61,10 +61,15 @@ class SampleWindow:
         self.blocks, self.listeners = blocks, []
         self.doubts, self.unproved = Doubts(blocks), Unproved(blocks)
 
-    def begin(self, layers: int, *, anew: bool) -> None:
-        """Take numbers of so many layers; start `anew` where they are others than before."""
+    def begin(self, layers: int, *, anew: bool, noise: bool) -> None:
+        """Take numbers of so many layers; start `anew` where they are others than before.
+
+        Args:
+            noise: :meth:`estimate_noise` follows. Else there is none, also where there was one in a Monitor before.
+        """
         if anew or not self.distributions.open:
             self.distributions, self.noise = BlockWindow((layers + 1) * self.columns, self.blocks), None
+        self.noise, self.shared = self.noise if noise else None, None
         self.open_step = OpenStep(None, self._make_scores)
 
     def estimate_noise(self, model: nn.Module | None, layers: LayerIndex, sums: NoiseSums, *, apart: bool) -> None:

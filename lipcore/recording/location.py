@@ -100,9 +100,9 @@ class Hold:
     def close(self) -> None:
         """Give it back."""
         _held.discard(self._path)
+        with contextlib.suppress(OSError):
+            self._path.unlink()  # without locks too, where it alone says that the record is being written
         if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._path.unlink()
             os.close(self._file)
             self._file = None
 

@@ -33,7 +33,7 @@ RecordLevel = Literal["group", "tensor"]
 MAX_BYTES = 2 << 30
 _DETAIL_SHARE = 8  # of `max_bytes`, the part that the last steps of single parameters may take
 _AGAIN = 60.0  # seconds after a failure until writing is tried again
-_ADD_EVENT = "insert into events(step, wall, kind, text, data) values(?, ?, ?, ?, ?)"
+_AT_THE_END = 60.0  # seconds that close() waits for the thread
 
 
 class RunRecord:
@@ -79,10 +79,9 @@ class RunRecord:
             self._open(model)
         except Exception:
             self._hold.close()
+            if self._network is not None:
+                self._network.close()
             raise
-        copy = backup if self._network is None else self._network.copy
-        self._tables = RecordTables(self._connection, self.path, copy, self.levels, self.config, max_bytes)
-        self._known = {row[0] for row in self._connection.execute("select distinct quantity from steps")}
         self._closed = False
         self._process = os.getpid()
         self._thread = WriteThread(self._connection, self._has_failed)
@@ -98,6 +97,9 @@ class RunRecord:
         try:
             self._check_model(model)
             make_table(self._connection)
+            copy = backup if self._network is None else self._network.copy
+            self._tables = RecordTables(self._connection, self.path, copy, self.levels, self.config, self._limit)
+            self._known = {row[0] for row in self._connection.execute("select distinct quantity from steps")}
         except Exception:
             self._connection.close()
             raise
@@ -195,11 +197,8 @@ class RunRecord:
 
     def add_event(self, step: int, kind: str, text: str, data: Mapping[str, Any] | None = None) -> None:
         """Add something that happened at a step."""
-        row = (step, time.time(), kind, text, json.dumps(dict(data or {}), default=str))
-        self._put(
-            lambda: self._connection.execute(_ADD_EVENT, row),
-            soon=True,
-        )
+        wall, facts = time.time(), json.dumps(dict(data or {}), default=str)
+        self._put(lambda: self._tables.add_event(step, wall, kind, text, facts), soon=True)
 
     def flush(self, timeout: float = 60.0) -> bool:
         """Wait until everything so far is in the file; return False where it is not after so many seconds, or writing
@@ -208,7 +207,7 @@ class RunRecord:
             return not (self.failed or self.behind)
         done, network = threading.Event(), self._network
         if network is not None:
-            self._put(lambda: network.publish(self._connection), alone=True)
+            self._put(lambda: network.publish(self._connection), always=True)
         self._put(done.set, soon=True, always=True)
         return done.wait(timeout) and not (self.failed or self.behind)
 
@@ -223,7 +222,7 @@ class RunRecord:
             raise RecordError(f"another process than this one, a fork, writes {self.path}")
         if self._closed:
             self._check_that_all_is_written()
-            connection = connect(self.path)
+            connection = connect(self._network.file if self._network is not None and self.behind else self.path)
             try:
                 write_excerpt(connection, target)
             finally:
@@ -257,7 +256,12 @@ class RunRecord:
         self.flush()
         self._closed = True
         atexit.unregister(self.close)
-        self._thread.end(60.0)
+        if not self._thread.end(_AT_THE_END):
+            # In a network's file system that hangs, say. It goes on with the file, which so stays this record's.
+            where = self.path if self._network is None else self._network.file
+            late = f"not everything was written in {_AT_THE_END:g} seconds; what there is lies in {where}"
+            self.failed = self.failed or f"{self.path}: {late}"
+            return
         with contextlib.suppress(sqlite3.Error):  # while somebody reads, say
             # One file, which can be read where nothing may be written beside it.
             self._connection.execute("pragma busy_timeout = 0")
@@ -289,14 +293,16 @@ class RunRecord:
     # ---- the thread
 
     def _has_failed(self, error: Exception) -> None:
-        self.failed = self.failed or f"{self.path}: {type(error).__name__}: {error}"
         self._again = time.monotonic() + _AGAIN
+        self.failed = self.failed or f"{self.path}: {type(error).__name__}: {error}"
 
     def _mend(self) -> None:
         """Write that there is a gap, and go on."""
+        if not self.failed:  # it was asked for twice
+            return
         self._tables.look_again()
         text = f"steps behind this one are missing: they could not be written ({self.failed})"
-        self._connection.execute(_ADD_EVENT, (self._tables.last(), time.time(), "gap", text, "{}"))
+        self._tables.add_event(self._tables.last(), time.time(), "gap", text, "{}")
         self.failed = ""
 
 

@@ -71,7 +71,7 @@ class Snapshots(Listener):
         if not self._spread:
             return True
         now = dict(self._model.named_parameters(remove_duplicate=False))
-        return all(type(now.get(name)).__name__ == "DTensor" for name in self._spread)
+        return all(type(now[name]).__name__ == "DTensor" for name in self._spread & now.keys())
 
     def hear(self, event: AlarmEvent) -> None:
         """Have an alarm's files written, but where they would be those of an alarm shortly before. Alarms of other

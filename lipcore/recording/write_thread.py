@@ -13,6 +13,7 @@ from typing import NamedTuple
 #: Seconds that something to write waits at most for more, which costs little in the same transaction.
 TOGETHER = 0.1
 _WAITING = 256  # things to write that wait at most; then the training waits
+_PATIENCE = 60.0  # seconds that it waits at most, for a file system that hangs
 _AT_ONCE = 32  # of a transaction at most: it lies in the log until it is over
 
 
@@ -43,6 +44,7 @@ class WriteThread:
         self._soon = threading.Event()  # nothing more is waited for
         self._failed = False
         self._missed: list[_Work] = []  # since then, of those that must be made
+        self._hangs = False  # something was left out, for which there was no room, and since then there was none
         self._thread = threading.Thread(target=self._work, name="lipcore record", daemon=True)
         self._thread.start()
 
@@ -56,26 +58,39 @@ class WriteThread:
         must: bool = False,
         mends: bool = False,
     ) -> None:
-        """Have a call made.
+        """Have a call made. Where too many wait, and none is made for a minute, it is left out, and told of as one that
+        has raised; so are further ones, without a wait, until there is room again.
 
         Args:
             soon: at once.
             alone: outside any transaction.
             always: also where an earlier one has raised, and so outside any transaction too.
-            must: it is not left out where an earlier one has raised, but made before calls are made again.
+            must: it is not left out where an earlier one has raised, but made before calls are made again; nor where
+                there is no room, for which it waits.
             mends: after it, and those that must be made, calls are made again, where none of them raises.
         """
         if self._queue.full():
             self._soon.set()
-        self._queue.put(_Work(call, alone or always or mends, always, must, mends))
+        try:
+            patience = None if must else 0 if self._hangs else _PATIENCE
+            self._queue.put(_Work(call, alone or always or mends, always, must, mends), patience != 0, patience)
+        except queue.Full:
+            if not self._hangs:
+                self._hangs = True
+                self._tell(TimeoutError(f"nothing was written in {_PATIENCE:g} seconds, while {_WAITING} blocks wait"))
+            return
+        self._hangs = False
         if soon:
             self._soon.set()
 
-    def end(self, timeout: float) -> None:
-        """Make the calls that wait, and end; wait so many seconds for that at most."""
-        self._queue.put(None)
+    def end(self, timeout: float) -> bool:
+        """Make the calls that wait, and end; wait so many seconds for that at most, and return whether it was over."""
         self._soon.set()
-        self._thread.join(timeout)
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=timeout)
+            self._soon.set()
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         goes_on = True

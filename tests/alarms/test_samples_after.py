@@ -285,6 +285,23 @@ def test_that_there_is_no_noise_scale_then_is_said() -> None:
         assert said not in str(on_call.plan())
 
 
+def test_a_noise_scale_of_a_monitor_before_is_not_told_on() -> None:
+    training = Training()
+    model, optimizer, told = training.model, training.optimizer, []
+    for alarms in (None, Alarms(per_sample=2), None):
+        metrics = [lipcore.Trajectory(), training.norms]
+        with lipcore.Monitor(model, optimizer, metrics, alarms=alarms, window_steps=2) as monitor:
+            if alarms is not None:
+                training.norms.wake()
+            for _ in range(3):
+                model(torch.randn(4, 3)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        told.append([name for name in monitor.history[-1].flat(level="total") if "noise" in name])
+    assert told[0]
+    assert told == [told[0], [], told[0]]
+
+
 def test_a_checkpoint_ends_it() -> None:
     training = Training()
     alarms = Alarms(signals=["loss"], per_sample=50)

@@ -26,6 +26,23 @@ def alarm(step: int) -> AlarmEvent:
     return AlarmEvent(step, "loss", "total", 4.0, "")
 
 
+def test_a_parameter_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
+    """A layer that is removed, or has other names, is gathered for no pass."""
+
+    class DTensor(nn.Parameter):
+        """A parameter that is taken for one that is spread over ranks."""
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for layer in model:
+        layer.weight = DTensor(layer.weight.detach())
+    snapshots = Snapshots(Snapshot(tmp_path, states=True), 0, model, [], None, print)
+    assert snapshots.all_spread
+    model[0].weight = nn.Parameter(torch.zeros(2, 2))
+    assert not snapshots.all_spread
+    del model[0]
+    assert snapshots.all_spread
+
+
 @pytest.mark.parametrize("by", ["two steps", "closure"])
 def test_states_are_not_those_that_sam_goes_up_to(tmp_path: Path, by: str) -> None:
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 import tracemalloc
 import warnings
 from pathlib import Path
@@ -92,6 +93,60 @@ def test_a_network_that_is_gone_at_the_end_loses_nothing(network: Path, monkeypa
     assert steps_of(here) == [1, 2, 3, 4, 5]
 
 
+def test_a_full_disk_of_this_machine_loses_nothing_that_it_had(network: Path) -> None:
+    made = RunRecord(network / "a")
+    made.begin(0)
+    add(made, 1, 5)
+    assert made.flush()
+    add(made, 6, 5)
+    made._thread.put(lambda: None, alone=True, soon=True)  # what comes together would be taken back together
+    made._thread.put(fails)
+    made.close()
+    assert made.failed
+    assert steps_of(network / "a") == list(range(1, 11))
+
+
+def test_an_excerpt_after_the_end_is_of_the_file_that_has_all(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = RunRecord(network / "a")
+    made.begin(0)
+    add(made, 1, 5)
+    assert made.flush()
+    add(made, 6, 5)
+    monkeypatch.setattr(backup.shutil, "copyfile", fails)
+    made.close()
+    made.write_excerpt(network / "excerpt.lipcore")
+    assert steps_of(network / "excerpt.lipcore") == list(range(1, 11))
+
+
+def test_a_network_that_hangs_at_the_end_loses_nothing(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    recorder = Recorder(RunRecord(network / "a"), said.append)
+    made, goes_on, copy = recorder.record, threading.Event(), backup.shutil.copyfile
+    made.begin(0)
+    add(made, 1, 5)
+    monkeypatch.setattr(backup.shutil, "copyfile", lambda *paths: goes_on.wait(20) and copy(*paths))
+    monkeypatch.setattr(record, "_AT_THE_END", 0.3)
+    monkeypatch.setattr(made, "flush", lambda: RunRecord.flush(made, 0.3))
+    recorder.closed()
+    here = network.parent / "here" / "rank0.lipcore"
+    assert said[0].endswith(f"not everything was written in 0.3 seconds; what there is lies in {here}")
+    assert here.exists()
+    with pytest.raises(RecordError, match="this process writes it already"):  # as its thread does
+        RunRecord(network / "a")
+    goes_on.set()
+    assert made._thread.end(20)
+    assert steps_of(network / "a") == [1, 2, 3, 4, 5]
+    made._hold.close()
+
+
+def test_a_record_that_cannot_be_begun_leaves_no_file_here(network: Path) -> None:
+    RunRecord(network / "a", model="one").close()
+    (network.parent / "here").mkdir(exist_ok=True)
+    with pytest.raises(RecordError, match="the record of another model"):
+        RunRecord(network / "a", model="another")
+    assert not (network.parent / "here").exists()
+
+
 # ---- whose file it is
 
 
@@ -104,6 +159,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(RecordError, match="this process writes it already"):
         RunRecord(tmp_path / "a")
     made.close()
+    assert not being_written(made.path)
     RunRecord(tmp_path / "a").close()
 
 

@@ -136,3 +136,27 @@ def test_what_must_be_made_is_made_up_for(table: Table, errors: list[Exception])
     table.thread.end(10)
     assert table.numbers == [1, 3, 4, 5]
     assert len(errors) == 1
+
+
+def test_a_file_system_that_hangs_ends_no_training(
+    tmp_path: Path, errors: list[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_thread, "_WAITING", 3)
+    monkeypatch.setattr(write_thread, "_PATIENCE", 0.1)
+    table, begun, goes_on = Table(tmp_path, errors), threading.Event(), threading.Event()
+
+    def hang() -> None:
+        begun.set()
+        goes_on.wait(20)
+
+    table.thread.put(hang, alone=True, soon=True)
+    assert begun.wait(10)
+    training = threading.Thread(target=lambda: [table.add(number) for number in range(100)], daemon=True)
+    training.start()
+    training.join(5)
+    assert not training.is_alive()
+    assert [str(error) for error in errors] == ["nothing was written in 0.1 seconds, while 3 blocks wait"]
+    assert not table.thread.end(0.1)
+    goes_on.set()
+    assert table.thread.end(10)
+    assert table.numbers == [0, 1, 2]  # in their order; what came after is left out

@@ -112,6 +112,27 @@ def test_losses_that_say_the_same_have_no_doubt() -> None:
     assert samples([1.0, 9.0, 1.0, 1.0], losses=[1.0, 1.0, 1.0, 1.0]).doubt == DOUBT
 
 
+def test_samples_that_stand_out_without_a_doubt_are_named_alone() -> None:
+    both = samples([1.0, 9.0, 1.0, 1.0], losses=[9.0, 1.0, 1.0, 1.0])
+    assert (both.suspects, both.doubt) == ([0], "")
+    batch = samples([1.0, 9.0, 1.0, 1.0], losses=[9.0] * 4)
+    assert (batch.verdict, batch.doubt, batch.suspects, batch.doubt_of_suspects) == ("batch", "", [1], DOUBT)
+    lost = Change(2, "trajectory/grad_norm", "0", np.nan, np.nan, 9.0, 2)
+    assert f"1 stands out (by gradient norms with a doubt: {DOUBT})" in cause_of(
+        Account("a", 2, None, 1, 2, 2, changes=[lost], compared=20, samples=[batch])
+    )
+
+
+def test_exact_norms_are_not_compared_with_others() -> None:
+    ids, small = np.arange(4), np.full(4, 0.1, np.float32)
+    lacking = [Batch(step, ids, small, None, None, "layer 0 has no rule") for step in (1, 2, 3)]
+    exact = [Batch(step, ids, 10 * small, None, None) for step in (4, 5)]
+    for before, verdict in (([*lacking, exact[0]], "usual"), (lacking, "unknown")):
+        found = samples_of([*before, exact[1]], 5)
+        assert found is not None
+        assert (found.verdict, found.doubt) == (verdict, "")
+
+
 @pytest.mark.parametrize(("own", "verdict"), [([np.nan] * 4, "unknown"), ([np.nan, 1.0, 9.0, 1.0], "single")])
 def test_norms_that_are_not_known_are_no_fault_of_a_sample(own: list[float], verdict: str) -> None:
     found = samples(own, doubt="layer 0 has no rule")

@@ -27,7 +27,8 @@ def cause_of(account: Account) -> str:
     if lost:
         named = next((one for one in account.samples if one.step == account.begin), None)
         suspects = [] if named is None else named.suspects
-        who = f" Of its {named.count} samples, {_few(suspects)}{_doubt(named)}." if named and suspects else ""
+        doubt = "" if named is None else _in_brackets(named.doubt_of_suspects)
+        who = f" Of its {named.count} samples, {_few(suspects)}{doubt}." if named and suspects else ""
         return _not_finite({one.what for one in lost}) + who
     if any(one.step <= account.begin for one in account.unexplained):
         return "What is told above began with it or after it: something else than the optimizer had changed weights."
@@ -144,7 +145,11 @@ def _data(account: Account, what: set[str]) -> str:
 
 def _doubt(named: Samples) -> str:
     """Return, in brackets, the doubt that the gradient norms have by which samples were looked at; "" for none."""
-    return f" (by gradient norms with a doubt: {named.doubt})" if named.doubt else ""
+    return _in_brackets(named.doubt)
+
+
+def _in_brackets(doubt: str) -> str:
+    return f" (by gradient norms with a doubt: {doubt})" if doubt else ""
 
 
 def _few(ids: Sequence[int]) -> str:

@@ -74,14 +74,23 @@ class Samples:
     @property
     def doubt(self) -> str:
         """Doubt about the verdict: "" where a ranking without one has come to it."""
-        doubts = [ranking.doubt for ranking in self.rankings if ranking.verdict == self.verdict]
+        return self._doubt_of(self.verdict)
+
+    @property
+    def doubt_of_suspects(self) -> str:
+        """Doubt about :attr:`suspects`, likewise."""
+        return self._doubt_of("single")
+
+    def _doubt_of(self, verdict: Verdict) -> str:
+        doubts = [ranking.doubt for ranking in self.rankings if ranking.verdict == verdict]
         return "" if "" in doubts else next(iter(doubts), "")
 
     @property
     def suspects(self) -> list[int]:
-        """Ids of the samples that stand out."""
-        found = [s.id for one in self.rankings if one.verdict == "single" for s in one.top[: one.outstanding]]
-        return list(dict.fromkeys(found))
+        """Ids of the samples that stand out: by a ranking without a doubt, where there is one."""
+        doubt = self.doubt_of_suspects
+        single = [one for one in self.rankings if one.verdict == "single" and one.doubt == doubt]
+        return list(dict.fromkeys(s.id for one in single for s in one.top[: one.outstanding]))
 
 
 def samples_of(batches: Sequence[SamplesOfStep], step: int) -> Samples | None:
@@ -93,9 +102,11 @@ def samples_of(batches: Sequence[SamplesOfStep], step: int) -> Samples | None:
     rankings = []
     for by, own, attribute in (("gradient norm", here.norms, "norms"), ("loss", here.losses, "losses")):
         if own is not None:
-            arrays = [getattr(one, attribute) for one in before]
-            usual = np.concatenate([a for a in arrays if a is not None] or [np.empty(0)]).astype(np.float64)
             doubt = here.doubt if attribute == "norms" else ""
+            # With exact norms only such are compared: those with a doubt may be of other parameters.
+            alike = [one for one in before if attribute != "norms" or doubt or not one.doubt]
+            arrays = [getattr(one, attribute) for one in alike]
+            usual = np.concatenate([a for a in arrays if a is not None] or [np.empty(0)]).astype(np.float64)
             rankings.append(_ranking(by, here, np.asarray(own, np.float64), usual, doubt))
     return Samples(step, len(here.ids), rankings, here.rng_state is not None)
 
