@@ -86,7 +86,8 @@ class ResultsStay(TorchDispatchMode):
         known = {id(tensor) for tensor in inputs}
         result = function(*args, **(kwargs or {}))
         if _is_foreach(function) and isinstance(result, (list, tuple)):  # each where it is
-            pairs = zip(result, map(device_of, args[0]), strict=True)
+            listed = next(value for value in args if isinstance(value, (list, tuple)))  # pow(0.9, tensors) too
+            pairs = zip(result, map(device_of, listed), strict=True)
             return [part if device == HOST else _there(part, known, device) for part, device in pairs]
         return _there(result, known, devices[0])
 

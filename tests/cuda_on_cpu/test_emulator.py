@@ -274,6 +274,8 @@ def test_each_tensor_of_a_list_is_worked_on_where_it_is(x: Tensor) -> None:
         torch._foreach_mul([x, there, host], [x, there, host]),
         torch._foreach_norm([x, there, host]),
         torch._foreach_mul([x, there, host], [1.0, 2.0, 3.0]),
+        torch._foreach_pow(0.9, [x, there, host]),
+        torch._foreach_pow([x, there, host], 2),
     ):
         assert [tensor.device for tensor in made] == [x.device, there.device, host.device]
     torch._foreach_mul_([x, there], [x, there])
