@@ -4,11 +4,13 @@ can be forced."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from emulated_core import emulator
+from one_rank import one_rank
 from ways import ISAS
 
 from lipcore import _core
@@ -74,6 +76,13 @@ def two_threads():
     torch.set_num_threads(2)
     yield 2
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def group_of_one_rank() -> Iterator[None]:
+    """torch's process group, of this process alone."""
+    with one_rank():
+        yield
 
 
 @pytest.fixture

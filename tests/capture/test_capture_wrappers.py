@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from models import Custom, Wrapper, batches, mlp, seeded, sgd, train
+from one_rank import one_rank
 from torch import nn
 from windows import assert_same
 
@@ -48,12 +48,9 @@ def test_names_with_a_wrappers_prefix_are_understood() -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
-def test_distributed_data_parallel(tmp_path: Any) -> None:
+def test_distributed_data_parallel() -> None:
     data = batches(4, 3)
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    try:
+    with one_rank():
         windows = []
         for wrap in (lambda model: model, nn.parallel.DistributedDataParallel):
             model = wrap(seeded(lambda: mlp(5, 7, 6, 1)))
@@ -63,5 +60,3 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
                 windows.append(monitor.compute())
             assert not windows[-1].local
         assert_same(windows[1], windows[0])
-    finally:
-        torch.distributed.destroy_process_group()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from cases import OPS, Op, get, put, values
 from few import spread
+from one_rank import one_rank
 from oracle import bits
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -76,19 +75,6 @@ def fake(good: Tensor) -> Tensor:
         return mode.from_tensor(good)
 
 
-@contextlib.contextmanager
-def process_group() -> Iterator[None]:
-    """One process, gloo, no port."""
-    import torch.distributed as dist
-
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def with_dtensor(good: Tensor, call: Call) -> None:
     import torch.distributed as dist
 
@@ -97,7 +83,7 @@ def with_dtensor(good: Tensor, call: Call) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    with process_group():
+    with one_rank():
         call(distribute_tensor(good, init_device_mesh("cpu", (1,)), [Shard(0)]))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from one_rank import one_rank
 from torch import nn
 
 from lipcore import Monitor, Trajectory
@@ -49,9 +50,8 @@ def test_one_process_has_everything(group: Any) -> None:
     assert monitor.global_window().scope == "global"
 
 
-def test_a_process_group_of_one_rank(tmp_path: Any) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
+def test_a_process_group_of_one_rank() -> None:
+    with one_rank():
         model, optimizer, monitor = monitored(group=dist.group.WORLD)
         train(model, optimizer, 3)
         assert monitor.global_window().scope == "global"
@@ -59,8 +59,6 @@ def test_a_process_group_of_one_rank(tmp_path: Any) -> None:
         assert trajectory.sync().flat() == trajectory.compute().flat()
         assert len(copy.deepcopy(monitor).global_history) == 1
         assert pickle.loads(pickle.dumps(monitor)).history[0].scope == "global"
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

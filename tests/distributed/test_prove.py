@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_rank import one_rank
 from prove_situations import NAME, Net, batch_of, made, monitored, situations, train
 from rank_runs import Found, run_situations
 from rank_situations import fsdp
@@ -136,14 +137,11 @@ def test_what_is_raised() -> None:
 @pytest.fixture
 def sharded() -> Iterator[tuple[Net, Any, Monitor]]:
     """A sharded model whose one rank is this process, and that has trained for a window."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+    with one_rank():
         model: Any = fsdp(made(drops=False))
         optimizer, monitor = monitored(model)
         train(model, optimizer, 0, range(3))
         yield model, optimizer, monitor
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("proves", [False, True])

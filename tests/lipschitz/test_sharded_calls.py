@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,15 +14,9 @@ from lipcore import Lipschitz, Monitor
 dist = torch.distributed
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
+    pytest.mark.usefixtures("group_of_one_rank"),
     pytest.mark.filterwarnings("ignore:lipcore turned local_lipschitz off:UserWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 class Beside(Net):

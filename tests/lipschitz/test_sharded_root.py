@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_rank import one_rank
 from sharded_nets import Net
 
 from lipcore import Lipschitz, Monitor
@@ -40,12 +41,9 @@ def trained(*, sharded: bool, watched: bool) -> tuple[list[torch.Tensor], float]
 
 @pytest.mark.ci
 def test_training_goes_on_and_the_constants_are_those_of_the_whole_model() -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+    with one_rank():
         plain, _ = trained(sharded=True, watched=False)
         weights, constant = trained(sharded=True, watched=True)
         _, expected = trained(sharded=False, watched=True)
-    finally:
-        torch.distributed.destroy_process_group()
     assert all(map(torch.equal, weights, plain))
     assert constant == pytest.approx(expected, rel=1e-6)

@@ -3,7 +3,6 @@ where such a pass breaks off."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,14 +14,10 @@ from lipcore import Lipschitz, Monitor, PerSampleGradNorms, Trajectory
 from lipcore.metric.protocol import Metric
 
 dist = torch.distributed
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
-
-
-@pytest.fixture(autouse=True)
-def group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
+    pytest.mark.usefixtures("group_of_one_rank"),
+]
 
 
 class Seldom(Net):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_rank import one_rank
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
@@ -316,15 +317,12 @@ def test_it_is_copied_and_pickled() -> None:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
 @pytest.mark.filterwarnings("ignore:.*find_unused_parameters")
 def test_what_distributed_data_parallel_returns() -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+    with one_rank():
         inner = made()
         model = nn.parallel.DistributedDataParallel(inner, find_unused_parameters=True)  # outputs go through a node
         with PerSampleGradNorms(model, loss_reduction="auto") as norms:
             (model(X, Y)["loss"] / 7).backward()
             assert torch.allclose(norms.per_sample, truth(inner), rtol=1e-5)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 # ---- Monitor.log

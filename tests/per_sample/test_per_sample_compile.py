@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_rank import one_rank
 from per_sample_models import Transformer, assert_equal, cnn, floats, made, mlp, sum_loss, tokens, train, weights
 from per_sample_oracle import assert_norms, norms_sq, samples_of
 from torch import Tensor, nn
@@ -243,16 +244,13 @@ def test_regions_and_checkpoints(checkpointed: bool, fresh_dynamo: Any) -> None:
 def test_distributed_data_parallel(outside: bool, fresh_dynamo: Any) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+    with one_rank():
         inner = made(lambda: Halves(True))
         if outside:
             model = torch.compile(DistributedDataParallel(inner), backend="aot_eager")
         else:
             model = DistributedDataParallel(torch.compile(inner, backend="aot_eager"))
         compare(model, inner, floats(4, 5), (3, 3))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.ci

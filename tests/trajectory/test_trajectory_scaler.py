@@ -91,6 +91,22 @@ def test_no_step_skipped_is_not_mentioned() -> None:
     assert counted_hooks(model) == 0
 
 
+def spoiled_backward(model: Any, pair: list[Any], scaler: Any, batch: Any, spoiled: tuple[int, ...]) -> None:
+    """Make a backward pass in which the gradients of these layers overflow."""
+    for optimizer in pair:
+        optimizer.zero_grad()
+    x, y = batch
+    scaler.scale(mse(model(x), y)).backward()
+    for layer in spoiled:
+        model[layer].weight.grad[0, 0] = math.inf
+
+
+def step_both(pair: list[Any], scaler: Any, order: tuple[int, int]) -> None:
+    for j in order:
+        scaler.step(pair[j])
+    scaler.update()
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_scaler_that_skips_one_of_two_optimizers(fused: bool, order: tuple[int, int]) -> None:
@@ -100,17 +116,9 @@ def test_a_scaler_that_skips_one_of_two_optimizers(fused: bool, order: tuple[int
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     points = Points(model.named_parameters())
     with Monitor(model, pair, [Trajectory()], scaler=scaler) as monitor:
-        for i, (x, y) in enumerate(DATA):
-            for optimizer in pair:
-                optimizer.zero_grad()
-            scaler.scale(mse(model(x), y)).backward()
-            if i in (2, 5):
-                model[0].weight.grad[0, 0] = math.inf
-            if i == 5:
-                model[2].weight.grad[0, 0] = math.inf
-            for j in order:
-                scaler.step(pair[j])
-            scaler.update()
+        for i, batch in enumerate(DATA):
+            spoiled_backward(model, pair, scaler, batch, {2: (0,), 5: (0, 2)}.get(i, ()))
+            step_both(pair, scaler, order)
             if i != 5:
                 points.look()
         window = monitor.compute()
@@ -133,17 +141,11 @@ def test_what_a_skipped_optimizer_of_two_did_before_is_not_counted_again(
     moved, gradients = [], []
     trajectory = Trajectory(stats=stats, source="optimizer")
     with Monitor(model, pair, [trajectory], scaler=scaler) as monitor:
-        for i, (x, y) in enumerate(DATA):
-            for optimizer in pair:
-                optimizer.zero_grad()
+        for i, batch in enumerate(DATA):
             before = [parameter.detach().clone() for parameter in model.parameters()]
-            scaler.scale(mse(model(x), y)).backward()
+            spoiled_backward(model, pair, scaler, batch, (2,) if i in (0, 2, 3) else ())
             gradients.append(gradient_norms(model, scaler.get_scale()))
-            if i in (0, 2, 3):
-                model[2].weight.grad[0, 0] = math.inf
-            for j in order:
-                scaler.step(pair[j])
-            scaler.update()
+            step_both(pair, scaler, order)
             moved.append([float((p.detach() - old).norm()) for p, old in zip(model.parameters(), before, strict=True)])
         monitor.compute()  # takes the last step in
         found = trajectory.drain()
@@ -166,17 +168,11 @@ def test_movement_of_a_skipped_optimizers_parameters_is_found(order: tuple[int, 
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     alarms = Alarms(signals=["unexplained_movement"])
     with Monitor(model, pair, [Trajectory()], scaler=scaler, alarms=alarms):
-        for i, (x, y) in enumerate(DATA):
-            for optimizer in pair:
-                optimizer.zero_grad()
-            scaler.scale(mse(model(x), y)).backward()
-            if i in (2, 4):
-                model[2].weight.grad[0, 0] = math.inf
+        for i, batch in enumerate(DATA):
+            spoiled_backward(model, pair, scaler, batch, (2,) if i in (2, 4) else ())
             if i == 4:
                 model[2].weight.data.mul_(1.1)
-            for j in order:
-                scaler.step(pair[j])
-            scaler.update()
+            step_both(pair, scaler, order)
     assert [(event.step, event.place) for event in alarms.events] == [(5, "2.weight")]
 
 

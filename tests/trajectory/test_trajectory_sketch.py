@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from one_rank import one_rank
 from torch import nn
 
 import lipcore
@@ -278,8 +279,7 @@ def test_rebind_after_ranks_hold_other_parts():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+    with one_rank():
         model = make()
         sketch = Trajectory(model, mode="sketch", groups=lambda name: "all", buckets=4096, keep_every=1, keep_limit=6)
         train(model, sketch.update, 10)
@@ -292,5 +292,3 @@ def test_rebind_after_ranks_hold_other_parts():
         assert found.distance["total"].last.value == pytest.approx(expected, rel=0.1)
         kept = sum(row.nbytes for _, row in sketch.sketches.rows())
         assert next(line.bytes for line in sketch.plan() if "kept, at most" in line.what) == kept
-    finally:
-        torch.distributed.destroy_process_group()
