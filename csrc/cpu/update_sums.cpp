@@ -212,9 +212,9 @@ LIPCORE_OUTLINE int64_t nonfinite_of(const UpdateChunk& chunk) {
   int64_t found = 0;
   for_widened<T, kForm>(chunk, [&](const Streams<T>& from, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-      const T x = from.w[i], a = reads_first(kForm) ? from.a[i] : T(0), b = reads_second(kForm) ? from.b[i] : T(0);
-      const T y = update_of<kForm>(x, a, b, c).moved;
-      found += !(x - x == 0 && y - y == 0);  // NaN - NaN and inf - inf are NaN
+      const T a = reads_first(kForm) ? from.a[i] : T(0), b = reads_second(kForm) ? from.b[i] : T(0);
+      const T y = update_of<kForm>(from.w[i], a, b, c).moved;
+      found += !(y - y == 0);  // NaN - NaN and inf - inf are NaN; of a w that is not finite y is one of them
     }
   });
   return found;

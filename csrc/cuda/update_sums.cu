@@ -86,7 +86,7 @@ struct Observer {
     if constexpr (kForm == UpdateForm::kAdaptive) second_moment_sq = add_product(second_moment_sq, b, b);
     const T size = fabs(update.moved);
     if (size > max_dw) max_dw = size;
-    nonfinite += !(isfinite(w) && isfinite(update.moved));
+    nonfinite += !isfinite(update.moved);  // that of a w which is not finite is not: 0 inf is NaN
     return update.moved;
   }
   __device__ __forceinline__ void observe_gradient(T g, T b) {
