@@ -133,8 +133,8 @@ __device__ __forceinline__ UpdateSums sum_alike(const Tensor& tensor, const Rule
   using Work = typename E::Work;
   Observer<Work, kForm> observer(rule);
   const auto* w = static_cast<const Stored*>(tensor.w) + chunk.begin;
-  const auto* a = static_cast<const Stored*>(tensor.first) + chunk.begin;
-  const auto* b = static_cast<const Stored*>(tensor.second) + chunk.begin;
+  const auto* a = reads_first(kForm) ? static_cast<const Stored*>(tensor.first) + chunk.begin : nullptr;
+  const auto* b = reads_second(kForm) ? static_cast<const Stored*>(tensor.second) + chunk.begin : nullptr;
   const Asked asked = asked_for(tensor);
   const auto* gradients = static_cast<const Stored*>(asked.gradient);
   const auto* before = static_cast<const Stored*>(asked.previous);
