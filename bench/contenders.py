@@ -21,8 +21,8 @@ def lipcore(params: list[Tensor]) -> Call:
 
 
 class Torch:
-    """The statistics with torch's own operations and lipcore's recurrence: float32 sums, as they are written everywhere,
-    and for bfloat16 float32 deviations and differences, because bfloat16 ones have two digits."""
+    """The statistics with torch's own operations and lipcore's recurrence: float32 sums, as they are written
+    everywhere, and for bfloat16 float32 deviations and differences, because bfloat16 ones have two digits."""
 
     def __init__(self, params: list[Tensor]) -> None:
         self.params = params

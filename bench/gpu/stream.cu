@@ -1,6 +1,6 @@
 // The limit that trajectory_step is measured against: the same arrays read and written in the same widths, with nothing
-// computed. Three streams read, two written; 20 bytes per float32 element, 14 per 16-bit element (whose deviation from the
-// mean is float32).
+// computed. Three streams read, two written; 20 bytes per float32 element, 14 per 16-bit element (whose deviation from
+// the mean is float32).
 #include <cuda_runtime.h>
 
 #include <cstdint>

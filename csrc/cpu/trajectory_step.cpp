@@ -9,7 +9,8 @@ namespace {
 
 #include "cpu/simd.h"
 
-// Elements ahead. Three streams, two of them written, are more than the hardware follows: worth 10 to 15 % of the limit.
+// Elements ahead. Three streams, two of them written, are more than the hardware follows: worth 10 to 15 % of the
+// limit.
 constexpr int64_t kPrefetch = 512;
 
 template <class E>

@@ -100,7 +100,7 @@ struct Observer {
   }
 
   __device__ UpdateSums sums() const {
-    return {{dw_sq, 0, 0, static_cast<double>(max_dw), weight_sq, static_cast<double>(nonfinite)},
+    return {{dw_sq, 0, static_cast<double>(max_dw), weight_sq, static_cast<double>(nonfinite)},
             direction_sq,
             ratio_sq,
             momentum_sq,

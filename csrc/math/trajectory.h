@@ -2,8 +2,9 @@
 // 16 lanes) and the CUDA kernels (V = float or double).
 //
 // The mean is not kept itself: a weight of 1 that moves by 1e-6 would lose its movement in a float32 mean. What is kept
-// is how far the last point lies from it, which is as small as the movement. Adding the step, which is exact (Sterbenz),
-// gives how far the next point lies from the same mean; and what the mean then comes nearer by, that point takes off.
+// is how far the last point lies from it, which is as small as the movement. Adding the step, which is exact
+// (Sterbenz), gives how far the next point lies from the same mean; and what the mean then comes nearer by, that point
+// takes off.
 #pragma once
 
 #include <cmath>

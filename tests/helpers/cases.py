@@ -130,9 +130,7 @@ def _float64(*shape: int) -> Tensor:
 
 def _step_arguments() -> dict[str, Any]:
     shapes = [(4, 6), (5,)]
-    lists = {
-        name: [values(s, torch.float32, seed) for s in shapes] for seed, name in enumerate(("params", "prev"))
-    }
+    lists = {name: [values(s, torch.float32, seed) for s in shapes] for seed, name in enumerate(("params", "prev"))}
     return lists | {"deviation": [torch.zeros(s) for s in shapes], "count": 2, "out": _float64(2, 5)}
 
 
