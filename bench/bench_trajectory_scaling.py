@@ -12,10 +12,10 @@ import torch
 from contenders import CONTENDERS, check
 from measure import interleave, needs_memory, threads
 from memory import peak_growth
-from stream import stream_4r2w
+from stream import stream_3r2w
 
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-_BYTES_PER_STEP = {"f32": 24, "bf16": 16}
+_BYTES_PER_STEP = {"f32": 20, "bf16": 14}
 # Previous and reference in the parameter's dtype, mean in float32; 5 % for the allocator and the interpreter.
 _STATE_BYTES = {"f32": 12 * 1.05, "bf16": 8 * 1.05}
 
@@ -49,7 +49,7 @@ def bench_scaling(benchmark: Any, report: Any, elements: int, tensors: int, coun
     with threads(count), torch.no_grad():
         calls = {name: CONTENDERS[name](params) for name in _contenders(tensors)}
         if count == 1 or elements >= 10**7:  # the stream starts threads at every call, which has to be lost in it
-            calls["stream"] = stream_4r2w(elements * _BYTES_PER_STEP[dtype] // 24, count)
+            calls["stream"] = stream_3r2w(elements * _BYTES_PER_STEP[dtype] // _BYTES_PER_STEP["f32"], count)
         large = elements >= 10**8
         times = interleave(calls, seconds=2 if large else 1.2, rounds=3 if large else 7)
         benchmark.pedantic(calls["lipcore"], rounds=3, iterations=1)

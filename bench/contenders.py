@@ -21,29 +21,25 @@ def lipcore(params: list[Tensor]) -> Call:
 
 
 class Torch:
-    """The statistics with torch's own operations: float32 sums, as they are written everywhere, and for bfloat16 a
-    float32 mean and differences, because bfloat16 ones have two digits."""
+    """The statistics with torch's own operations and lipcore's recurrence: float32 sums, as they are written
+    everywhere, and for bfloat16 float32 deviations and differences, because bfloat16 ones have two digits."""
 
     def __init__(self, params: list[Tensor]) -> None:
         self.params = params
         self.prev = [p.clone() for p in params]
-        self.ref = [p.clone() for p in params]
-        self.mean = [torch.zeros_like(p, dtype=torch.float32) for p in params]
+        self.deviation = [torch.zeros_like(p, dtype=torch.float32) for p in params]
         self.count = 1
         self.buffers: list[Tensor] = []
 
     def eager(self) -> Tensor:
         self.count += 1
         rows = []
-        for w, p, z, m in zip(self.params, self.prev, self.ref, self.mean, strict=True):
+        for w, p, d in zip(self.params, self.prev, self.deviation, strict=True):
             x = w.float()  # no copy of what is float32 already
-            step, offset = x - p, x - z
-            before = offset - m
-            m.add_(before, alpha=1 / self.count)
-            after = offset - m
-            norms = torch.stack(
-                [step.norm().square(), offset.norm().square(), torch.dot(before.view(-1), after.view(-1))]
-            )
+            step = x - p
+            before = step + d
+            torch.mul(before, 1 - 1 / self.count, out=d)
+            norms = torch.stack([step.norm().square(), torch.dot(before.view(-1), d.view(-1))])
             rows.append(torch.cat([norms, torch.stack([step.abs().max(), x.norm().square(), (~x.isfinite()).sum()])]))
             p.copy_(w)
         return torch.stack(rows)
@@ -55,17 +51,13 @@ class Torch:
         if not self.buffers:
             self.buffers = list(torch.empty(3, max(p.numel() for p in self.params)))
         rows = []
-        for w, p, z, m in zip(self.params, self.prev, self.ref, self.mean, strict=True):
+        for w, p, d in zip(self.params, self.prev, self.deviation, strict=True):
             one, two, three = (buffer[: w.numel()].view(w.shape) for buffer in self.buffers)
             x = w if w.dtype == torch.float32 else three.copy_(w)
             step = torch.sub(x, p, out=one)
-            sums = [step.norm().square(), step.abs_().max(), x.norm().square()]
-            offset = torch.sub(x, z, out=one)
-            sums.insert(1, offset.norm().square())
-            before = torch.sub(offset, m, out=two)
-            m.add_(before, alpha=1 / self.count)
-            after = torch.sub(offset, m, out=three)
-            sums.insert(2, torch.dot(before.view(-1), after.view(-1)))
+            before = torch.add(step, d, out=two)
+            torch.mul(before, 1 - 1 / self.count, out=d)
+            sums = [step.norm().square(), torch.dot(before.view(-1), d.view(-1)), step.abs_().max(), x.norm().square()]
             rows.append(torch.stack(sums))
             p.copy_(w)
         return torch.stack(rows)
@@ -75,12 +67,10 @@ class Torch:
         self.count += 1
         params = [w.float() for w in self.params]
         step = torch._foreach_sub(params, self.prev)
-        offset = torch._foreach_sub(params, self.ref)
-        before = torch._foreach_sub(offset, self.mean)
-        torch._foreach_add_(self.mean, before, alpha=1 / self.count)
-        after = torch._foreach_sub(offset, self.mean)
-        increments = [product.sum() for product in torch._foreach_mul(before, after)]
-        columns = [torch._foreach_norm(step), torch._foreach_norm(offset), increments]
+        before = torch._foreach_add(step, self.deviation)
+        torch._foreach_copy_(self.deviation, torch._foreach_mul(before, 1 - 1 / self.count))
+        increments = [product.sum() for product in torch._foreach_mul(before, self.deviation)]
+        columns = [torch._foreach_norm(step), increments]
         columns += [torch._foreach_norm(step, float("inf")), torch._foreach_norm(params)]
         torch._foreach_copy_(self.prev, self.params)
         return torch.stack([torch.stack(list(column)) for column in columns])
@@ -103,29 +93,28 @@ def compiled(params: list[Tensor]) -> Call:
     state = Torch(params)
     torch._dynamo.reset()  # or a shape met before makes it generalise, which is slower
     function = torch.compile(_step, dynamic=False)
-    inverse = torch.tensor(0.5)
+    share = torch.tensor(0.5)
 
     def call() -> Tensor:
         state.count += 1
-        inverse.fill_(1 / state.count)
-        found: Tensor = function(state.params, state.prev, state.ref, state.mean, inverse)
+        share.fill_(1 - 1 / state.count)
+        found: Tensor = function(state.params, state.prev, state.deviation, share)
         return found
 
     call()
     return call
 
 
-def _step(params: list[Tensor], prev: list[Tensor], ref: list[Tensor], mean: list[Tensor], inverse: Tensor) -> Tensor:
+def _step(params: list[Tensor], prev: list[Tensor], deviation: list[Tensor], share: Tensor) -> Tensor:
     rows = []
-    for w, p, z, m in zip(params, prev, ref, mean, strict=True):
+    for w, p, d in zip(params, prev, deviation, strict=True):
         x = w.float()
-        step, offset = x - p.float(), x - z.float()
-        before = offset - m
-        new = m + before * inverse
-        after = offset - new
-        sums = [(step * step).sum(), (offset * offset).sum(), (before * after).sum(), step.abs().amax()]
+        step = x - p.float()
+        before = step + d
+        after = before * share
+        sums = [(step * step).sum(), (before * after).sum(), step.abs().amax()]
         rows.append(torch.stack([*sums, (x * x).sum(), (~x.isfinite()).sum().float()]))
-        m.copy_(new)
+        d.copy_(after)
         p.copy_(w)
     return torch.stack(rows)
 
@@ -163,24 +152,23 @@ def check(params: list[Tensor]) -> None:
     """lipcore on slices of the parameters against float64, and the torch code against it as closely as it can."""
     torch.manual_seed(0)
     small = [p.flatten()[:5000].clone() for p in params[:3]]
-    prev, ref = [[torch.randn_like(p) for p in small] for _ in range(2)]
-    mean = [torch.randn(p.shape) for p in small]
-    expected, *_ = reference.trajectory_step(small, prev, ref, mean, count=3)
+    prev, deviation = [torch.randn_like(p) for p in small], [torch.randn(p.shape) for p in small]
+    expected, *_ = reference.trajectory_step(small, prev, deviation, count=3)
     for write in (Torch.eager, Torch.reusing, Torch.foreach, _uncompiled):
         state = Torch(small)
-        state.prev, state.ref, state.mean, state.count = _copy(prev), _copy(ref), _copy(mean), 2
+        state.prev, state.deviation, state.count = _copy(prev), _copy(deviation), 2
         rows = write(state)
         if write is Torch.foreach:  # norms in columns
             rows = rows.T.clone()
-            rows[:, [0, 1, 4]] = rows[:, [0, 1, 4]].square()
+            rows[:, [0, 3]] = rows[:, [0, 3]].square()
         torch.testing.assert_close(rows.double(), expected[:, : rows.shape[1]], rtol=1e-4, atol=0)
-    out = torch.empty(len(small), 6, dtype=torch.float64)
-    _core.trajectory_step(small, prev, ref, mean, 3, out)
+    out = torch.empty(len(small), _core.STEP_COLUMNS, dtype=torch.float64)
+    _core.trajectory_step(small, prev, deviation, 3, out)
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
 
 
 def _uncompiled(state: Torch) -> Tensor:
-    return _step(state.params, state.prev, state.ref, state.mean, torch.tensor(1 / (state.count + 1)))
+    return _step(state.params, state.prev, state.deviation, torch.tensor(state.count / (state.count + 1)))
 
 
 def _copy(tensors: list[Tensor]) -> list[Tensor]:

@@ -43,12 +43,12 @@ def stream_3r(elements: int, threads: int) -> Callable[[], None]:
     return call
 
 
-def stream_4r2w(elements: int, threads: int) -> Callable[[], None]:
+def stream_3r2w(elements: int, threads: int) -> Callable[[], None]:
     """A call that moves as many bytes as a trajectory step of so many float32 elements."""
-    arrays = [torch.rand(elements) for _ in range(4)]
+    arrays = [torch.rand(elements) for _ in range(3)]
     for array in arrays:
         core.advise_huge_pages(array)
-    function = _library("stream").stream_4r2w
+    function = _library("stream").stream_3r2w
     pointers = [ctypes.c_void_p(array.data_ptr()) for array in arrays]
 
     def call() -> None:

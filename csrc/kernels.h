@@ -18,15 +18,14 @@ namespace lipcore {
 constexpr int64_t kChunk = 65536;
 
 struct TrajectoryChunk {
-  const void* w;   // the parameter
-  void* w_prev;    // in the parameter's dtype: lossless; overwritten with w
-  const void* w0;  // reference point, in the parameter's dtype
-  void* mean;      // running mean of w - w0: float32 (float64 for a float64 parameter); updated
-  void* m2;        // per element, in the mean's type: sum of squared deviations from the mean; updated. May be null
+  const void* w;    // the parameter
+  void* w_prev;     // in the parameter's dtype: lossless; overwritten with w
+  void* deviation;  // w_prev - mean of the points so far: float32 (float64 for a float64 parameter); updated
+  void* m2;         // per element, in the deviation's type: sum of squared deviations; updated. May be null
   int64_t count;
   DType dtype;
-  bool restart;      // take w_prev - w0 as the old mean: the first step of a block
-  double inv_count;  // 1 / (points averaged, this one included)
+  bool restart;  // the first step of a block: nothing lies before w_prev
+  double share;  // of the points before in the mean, see share_before()
 };
 
 struct SketchRun {
@@ -80,7 +79,7 @@ struct SketchKernels {
 };
 
 struct UpdateSumsKernels {
-  void (*chunk)(const UpdateChunk& chunk, UpdateSums* sums);  // writes all but nonfinite, dist_sq and m2_increment
+  void (*chunk)(const UpdateChunk& chunk, UpdateSums* sums);  // writes all but nonfinite and m2_increment
   int64_t (*count_nonfinite)(const UpdateChunk& chunk);       // elements whose parameter or update is not finite
 };
 

@@ -207,7 +207,7 @@ def first_layer_norms(delta: typing.Any, weight: typing.Any, out: typing.Any) ->
     ...
 def float16_to_float(bits: typing.SupportsInt | typing.SupportsIndex) -> float:
     ...
-def fold_means(mean: typing.Any, earlier: typing.Any, share: typing.Any, gap_sq: typing.Any) -> None:
+def fold_means(last: typing.Any, reference: typing.Any, deviation: typing.Any, earlier: typing.Any, share: typing.Any, gap_sq: typing.Any) -> None:
     ...
 def is_plain_run() -> bool:
     """
@@ -291,7 +291,7 @@ def tensor_stats(tensors: typing.Any, places: collections.abc.Sequence[typing.Su
     ...
 def tied_cross(indices: typing.Any, grad_embedding: typing.Any, x: typing.Any, grad_head: typing.Any, padding: typing.SupportsInt | typing.SupportsIndex | None, out: typing.Any) -> None:
     ...
-def trajectory_step(params: typing.Any, prev: typing.Any, ref: typing.Any, mean: typing.Any, count: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
+def trajectory_step(params: typing.Any, prev: typing.Any, deviation: typing.Any, count: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
     ...
 def update_sums(params: typing.Any, first: typing.Any, second: typing.Any, rules: typing.Any, rows: typing.Any, squares: typing.Any, gradients: typing.Any = None, previous: typing.Any = None) -> None:
     ...
@@ -318,7 +318,7 @@ SINGLE_CALLS: int = 5
 SINGLE_ELSEWHERE: int = 3
 SINGLE_GRAPH: int = 2
 SINGLE_STOPPED: int = 4
-STEP_COLUMNS: int = 6
+STEP_COLUMNS: int = 5
 TENSOR_BINS: int = 2048
 TENSOR_STATS: int = 9
 UPDATE_SQUARES: int = 5

@@ -60,55 +60,52 @@ class State:
         sizes = [elements // tensors] * tensors
         self.params = [torch.randn(size, device="cuda").to(dtype) for size in sizes]
         self.prev = [p.clone() for p in self.params]
-        self.ref = [p.clone() for p in self.params]
-        self.mean = [torch.zeros(size, device="cuda") for size in sizes]
+        self.deviation = [torch.zeros(size, device="cuda") for size in sizes]
         for p in self.params:
             p.mul_(1.02)
 
 
-def eager(s: State, inv: float = 0.5) -> list[list[Tensor]]:
+def eager(s: State, share: float = 0.5) -> list[list[Tensor]]:
     rows = []
-    for w, prev, ref, mean in zip(s.params, s.prev, s.ref, s.mean, strict=True):
-        step, offset = (w - prev).float(), (w - ref).float()
-        deviation = offset - mean
-        mean.add_(deviation, alpha=inv)
-        m2 = torch.dot(deviation, offset - mean)
+    for w, prev, deviation in zip(s.params, s.prev, s.deviation, strict=True):
+        step = (w - prev).float()
+        before = step + deviation
+        torch.mul(before, share, out=deviation)
+        m2 = torch.dot(before, deviation)
         largest = torch.linalg.vector_norm(step, float("inf"))
         bad = (~w.isfinite()).sum()
-        norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in (step, offset, w)]
-        rows.append([norms[0], norms[1], m2, largest, norms[2], bad])
+        norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in (step, w)]
+        rows.append([norms[0], m2, largest, norms[1], bad])
         prev.copy_(w)
     return rows
 
 
-def foreach(s: State, inv: float = 0.5) -> list[list[Tensor]]:
-    steps, offsets = torch._foreach_sub(s.params, s.prev), torch._foreach_sub(s.params, s.ref)
-    rows = [torch._foreach_norm(x) for x in (steps, offsets, s.params)]
+def foreach(s: State, share: float = 0.5) -> list[list[Tensor]]:
+    steps = torch._foreach_sub(s.params, s.prev)
+    rows = [torch._foreach_norm(x) for x in (steps, s.params)]
     rows.append(torch._foreach_norm(steps, float("inf")))
     rows.append([(~w.isfinite()).sum() for w in s.params])
-    deviations = torch._foreach_sub([x.float() for x in offsets], s.mean)
-    torch._foreach_add_(s.mean, deviations, alpha=inv)
-    after = torch._foreach_sub([x.float() for x in offsets], s.mean)
-    rows.append([torch.dot(a, b) for a, b in zip(deviations, after, strict=True)])
+    before = torch._foreach_add(s.deviation, [x.float() for x in steps])
+    torch._foreach_copy_(s.deviation, torch._foreach_mul(before, share))
+    rows.append([torch.dot(a, b) for a, b in zip(before, s.deviation, strict=True)])
     torch._foreach_copy_(s.prev, s.params)
     return rows
 
 
 def check_step(s: State) -> None:
     """lipcore against float64, one tensor at a time."""
-    prev, mean = [p.clone() for p in s.prev], [m.clone() for m in s.mean]
-    rows = functional.trajectory_step(s.params, prev, s.ref, mean, 2)
+    prev, deviation = [p.clone() for p in s.prev], [d.clone() for d in s.deviation]
+    rows = functional.trajectory_step(s.params, prev, deviation, 2)
     for i, row in enumerate(rows):
-        w, p, z, m = (x[i].double() for x in (s.params, s.prev, s.ref, s.mean))
-        step, offset = w - p, w - z
-        deviation = offset - m
-        after = m + deviation / 2
-        m2 = (deviation * (offset - after)).sum()
-        want = [step.pow(2).sum(), offset.pow(2).sum(), m2, step.abs().max(), w.pow(2).sum()]
-        assert_close(row[:5], torch.stack(want), 1e-6)
-        assert row[5] == 0
+        w, p, d = (x[i].double() for x in (s.params, s.prev, s.deviation))
+        step = w - p
+        before = step + d
+        after = before / 2
+        want = [step.pow(2).sum(), (before * after).sum(), step.abs().max(), w.pow(2).sum()]
+        assert_close(row[:4], torch.stack(want), 1e-6)
+        assert row[4] == 0
         assert torch.equal(prev[i], s.params[i])
-        assert_close(mean[i].norm(), after.norm(), 1e-6)
+        assert_close(deviation[i].norm(), after.norm(), 1e-6)
 
 
 def time_step(elements: int, tensors: int, dtype: torch.dtype, compiled: bool, stream: ctypes.CDLL) -> dict[str, Any]:
@@ -126,7 +123,7 @@ def time_step(elements: int, tensors: int, dtype: torch.dtype, compiled: bool, s
         result["compile_s"] = round(time.perf_counter() - start, 1)
         calls["compile"] = lambda: function(s)
     item = s.params[0].element_size()
-    bytes_moved = elements * (4 * item + 8)
+    bytes_moved = elements * (3 * item + 8)
     part = min(1.0, LIMIT_BYTES / bytes_moved)
     calls["stream_limit"] = stream_limit(int(elements * part), dtype, stream)
     calls["copy_limit"] = copy_limit(int(bytes_moved * part))
@@ -137,14 +134,14 @@ def time_step(elements: int, tensors: int, dtype: torch.dtype, compiled: bool, s
 
 
 def stream_limit(elements: int, dtype: torch.dtype, stream: ctypes.CDLL) -> Call:
-    w, prev, ref = (torch.zeros(elements, dtype=dtype, device="cuda") for _ in range(3))
-    mean = torch.zeros(elements, device="cuda")
-    words, mean_words = elements * w.element_size() // 16, 4 // w.element_size()
+    w, prev = (torch.zeros(elements, dtype=dtype, device="cuda") for _ in range(2))
+    deviation = torch.zeros(elements, device="cuda")
+    words, wide_words = elements * w.element_size() // 16, 4 // w.element_size()
 
     def run() -> None:
-        pointers = [ctypes.c_void_p(x.data_ptr()) for x in (w, prev, ref, mean)]
+        pointers = [ctypes.c_void_p(x.data_ptr()) for x in (w, prev, deviation)]
         current = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        code = stream.stream_limit(*pointers, ctypes.c_int64(words), mean_words, current)
+        code = stream.stream_limit(*pointers, ctypes.c_int64(words), wide_words, current)
         assert code == 0, f"CUDA error {code}"
 
     return run

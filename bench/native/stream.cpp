@@ -1,4 +1,4 @@
-// The memory limit for kernels with the traffic of the trajectory step (four streams read, two of them written in
+// The memory limit for kernels with the traffic of the trajectory step (three streams read, two of them written in
 // place) and of update_sums (three read): nothing computed but one addition each. Built by bench/stream.py for the
 // machine it runs on.
 #include <cstdint>
@@ -6,10 +6,10 @@
 #include <vector>
 
 namespace {
-void run(const float* w, float* prev, const float* ref, float* mean, int64_t begin, int64_t end) {
+void run(const float* w, float* prev, float* deviation, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    const float x = w[i] + ref[i];
-    mean[i] += prev[i];
+    const float x = w[i];
+    deviation[i] += prev[i];
     prev[i] = x;
   }
 }
@@ -23,12 +23,12 @@ void read_three(const float* w, const float* first, const float* second, int64_t
 }
 }  // namespace
 
-extern "C" void stream_4r2w(const float* w, float* prev, const float* ref, float* mean, int64_t n, int threads) {
+extern "C" void stream_3r2w(const float* w, float* prev, float* deviation, int64_t n, int threads) {
   std::vector<std::thread> pool;
   const int64_t share = (n + threads - 1) / threads;
   for (int t = 1; t < threads; ++t)
-    pool.emplace_back(run, w, prev, ref, mean, t * share, (t + 1) * share < n ? (t + 1) * share : n);
-  run(w, prev, ref, mean, 0, share < n ? share : n);
+    pool.emplace_back(run, w, prev, deviation, t * share, (t + 1) * share < n ? (t + 1) * share : n);
+  run(w, prev, deviation, 0, share < n ? share : n);
   for (auto& thread : pool) thread.join();
 }
 

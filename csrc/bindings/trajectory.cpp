@@ -25,10 +25,9 @@
 namespace lipcore {
 namespace {
 
-void trajectory_step_of(py::handle params, py::handle prev, py::handle ref, py::handle mean, int64_t count,
-                        py::handle out) {
-  check(trajectory_step(views_of(params, "params"), views_of(prev, "prev", Access::kWrite), views_of(ref, "ref"),
-                        views_of(mean, "mean", Access::kWrite), count, view_of(out, "out", Access::kWrite)));
+void trajectory_step_of(py::handle params, py::handle prev, py::handle deviation, int64_t count, py::handle out) {
+  check(trajectory_step(views_of(params, "params"), views_of(prev, "prev", Access::kWrite),
+                        views_of(deviation, "deviation", Access::kWrite), count, view_of(out, "out", Access::kWrite)));
 }
 
 void sketch_of(py::handle tensors, const std::vector<int64_t>& first_index, uint64_t seed, py::handle out) {
@@ -143,15 +142,19 @@ void observe_squares_of(py::handle squares, py::handle table) {
 }
 
 // share and gap_sq float64 [n]; see fold_means().
-void fold_means_of(py::handle mean, py::handle earlier, py::handle share, py::handle gap_sq) {
-  const auto means = views_of(mean, "mean"), earliers = views_of(earlier, "earlier", Access::kWrite);
+void fold_means_of(py::handle last, py::handle reference, py::handle deviation, py::handle earlier, py::handle share,
+                   py::handle gap_sq) {
+  const BlockMeans block{views_of(last, "last"), views_of(reference, "reference"), views_of(deviation, "deviation")};
+  const auto earliers = views_of(earlier, "earlier", Access::kWrite);
   const TensorView s = view_of(share, "share", Access::kWrite), out = view_of(gap_sq, "gap_sq", Access::kWrite);
   for (const TensorView* vector : {&s, &out})
     if (vector->dtype != DType::kFloat64 || !vector->same_device(s) ||
-        vector->numel != static_cast<int64_t>(means.size()))
+        vector->numel != static_cast<int64_t>(earliers.size()))
       throw py::value_error("share, gap_sq: expected float64 tensors on one device with one number per tensor");
-  if (means.size() != earliers.size()) throw py::value_error("earlier: expected one tensor per mean");
-  check(fold_means(means, earliers, static_cast<const double*>(s.data), static_cast<double*>(out.data), out.device));
+  for (const auto* list : {&block.last, &block.reference, &block.deviation})
+    if (list->size() != earliers.size())
+      throw py::value_error("last, reference, deviation, earlier: expected as many tensors of each");
+  check(fold_means(block, earliers, static_cast<const double*>(s.data), static_cast<double*>(out.data), out.device));
 }
 
 void square_sums_of(py::handle tensors, py::handle out) {
@@ -175,11 +178,11 @@ std::unique_ptr<TrajectoryPlan> make_plan(const std::vector<py::tuple>& entries,
   std::vector<ParameterEntry> list;
   std::vector<TrajectoryCopies> copies;
   for (const py::tuple& entry : entries) {
-    if (entry.size() != 7 || !PyDict_Check(py::object(entry[0]).ptr()))
-      throw py::type_error("entries: expected tuples (owner dict, key, name, prev, ref, mean, m2 or None)");
+    if (entry.size() != 6 || !PyDict_Check(py::object(entry[0]).ptr()))
+      throw py::type_error("entries: expected tuples (owner dict, key, name, prev, deviation, m2 or None)");
     auto own = [&](size_t i) { return py::object(entry[i]).release().ptr(); };
     list.push_back({own(0), own(1), entry[2].cast<std::string>()});
-    copies.push_back({own(3), own(4), own(5), own(6)});
+    copies.push_back({own(3), own(4), own(5)});
   }
   check(plan->capture(std::move(list), std::move(copies), &ledger));
   return plan;
@@ -345,13 +348,14 @@ bool read_gradients(GradientList& list, py::handle out) {
 }  // namespace
 
 void bind_trajectory(py::module_& m) {
-  m.def("trajectory_step", &trajectory_step_of, py::arg("params"), py::arg("prev"), py::arg("ref"), py::arg("mean"),
+  m.def("trajectory_step", &trajectory_step_of, py::arg("params"), py::arg("prev"), py::arg("deviation"),
         py::arg("count"), py::arg("out"));
   m.def("sketch", &sketch_of, py::arg("tensors"), py::arg("first_index"), py::arg("seed"), py::arg("out"));
   m.def("update_sums", &update_sums_of, py::arg("params"), py::arg("first"), py::arg("second"), py::arg("rules"),
         py::arg("rows"), py::arg("squares"), py::arg("gradients") = py::none(), py::arg("previous") = py::none());
   m.def("observe_squares", &observe_squares_of, py::arg("squares"), py::arg("table"));
-  m.def("fold_means", &fold_means_of, py::arg("mean"), py::arg("earlier"), py::arg("share"), py::arg("gap_sq"));
+  m.def("fold_means", &fold_means_of, py::arg("last"), py::arg("reference"), py::arg("deviation"), py::arg("earlier"),
+        py::arg("share"), py::arg("gap_sq"));
   m.def("square_sums", &square_sums_of, py::arg("tensors"), py::arg("out"));
   py::class_<Ledger>(m, "Ledger", "Scalars of a trajectory: tensors, groups and the total.")
       .def(py::init(&make_ledger), py::arg("rows"), py::arg("recent"), py::arg("cursor"), py::arg("tensors"))

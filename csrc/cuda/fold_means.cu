@@ -14,14 +14,16 @@ struct Add {
 };
 using Reduce = ReduceBlock<double>;
 
-template <class T>
-__device__ __forceinline__ double fold_run(const void* means, double* earlier, const SliceChunk& chunk, double share) {
-  const T* mean = static_cast<const T*>(means) + chunk.begin;
-  earlier += chunk.begin;
+template <class E>
+__device__ __forceinline__ double fold_run(const FoldTensor& tensor, const SliceChunk& chunk, double share) {
+  const auto* last = static_cast<const typename E::Stored*>(tensor.last) + chunk.begin;
+  const auto* reference = static_cast<const typename E::Stored*>(tensor.reference) + chunk.begin;
+  const auto* deviation = static_cast<const typename E::Work*>(tensor.deviation) + chunk.begin;
+  double* earlier = tensor.earlier + chunk.begin;
   double sum = 0;
 #pragma unroll 4
   for (int i = static_cast<int>(threadIdx.x); i < chunk.count; i += kThreads)
-    sum += fold_mean(static_cast<double>(mean[i]), &earlier[i], share);
+    sum += fold_mean(mean_offset(E::widen(last[i]), E::widen(reference[i]), deviation[i]), &earlier[i], share);
   return sum;
 }
 
@@ -33,8 +35,8 @@ __global__ void __launch_bounds__(kThreads)
   const FoldTensor& tensor = slice.tensors[chunk.place];
   chunk.write_span(tables.spans, slice.head, slice.tensors, 0);
   const double share = tables.share[slice.head.first_tensor + chunk.place];
-  double sum = tensor.dtype == DType::kFloat64 ? fold_run<double>(tensor.mean, tensor.earlier, chunk, share)
-                                               : fold_run<float>(tensor.mean, tensor.earlier, chunk, share);
+  double sum = 0;
+  with_dtype(tensor.dtype, [&](auto element) { sum = fold_run<decltype(element)>(tensor, chunk, share); });
   sum = Reduce(storage).Sum(sum);
   if (threadIdx.x == 0) tables.partials[chunk.index] = sum;
 }

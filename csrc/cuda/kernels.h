@@ -109,8 +109,7 @@ Status embedding_norms(const EmbeddingNorms& norms, double* out, double* scratch
 struct TensorEntry {
   const void* w;
   void* w_prev;
-  const void* w0;
-  void* mean;
+  void* deviation;
   void* m2;  // may be null
   int64_t count;
   int64_t first_chunk;  // of its row of chunks in the chunk table
@@ -137,8 +136,8 @@ struct StepTables {
 Status upload_tensors(const StepTables& tables, const TensorEntry* host, bool lay_out, void* stream);
 
 // One step into sums, by chunks and then by tensors in fixed order, and into the ledger if there is one. Restart and
-// the mean's factor come from the ledger, or without one are false and inv_count.
-Status run_step(const StepTables& tables, double inv_count, void* stream);
+// the share of the points before come from the ledger, or without one are false and `share`.
+Status run_step(const StepTables& tables, double share, void* stream);
 
 // One step of all tensors into the ledger, from sums that were made elsewhere.
 Status observe_sums(const LedgerTables& ledger, const StepSums* sums, void* stream);
@@ -239,7 +238,8 @@ Status update_sums(const UpdateTables& tables, const std::vector<UpdateTensor>& 
 Status observe_squares(const double* squares, int64_t columns, double* table, void* stream);
 
 struct FoldTensor {
-  const void* mean;  // float32 or float64
+  const void *last, *reference;  // of dtype
+  const void* deviation;         // float32, or float64 for float64
   double* earlier;
   int64_t count;
   int64_t first_chunk;

@@ -13,7 +13,7 @@ int64_t lay_out(const std::vector<TrajectoryItem>& items, std::vector<TensorEntr
   entries->clear();
   entries->reserve(items.size());
   for (const TrajectoryItem& item : items) {
-    entries->push_back({item.w, item.w_prev, item.w0, item.mean, item.m2, item.count, chunks, item.dtype});
+    entries->push_back({item.w, item.w_prev, item.deviation, item.m2, item.count, chunks, item.dtype});
     chunks += (item.count + kCudaChunk - 1) / kCudaChunk;
   }
   return chunks;
@@ -124,7 +124,7 @@ bool trajectory_step(const std::vector<TrajectoryItem>& items, dlpack::Device de
   if (!make_tables(device, static_cast<int64_t>(items.size()), chunks, false, &memory, &tables)) return false;
   tables.sums = out;
   return on.check(upload_tensors(tables, entries.data(), true, on.stream())) &&
-         on.check(run_step(tables, items[0].inv_count, on.stream()));
+         on.check(run_step(tables, items[0].share, on.stream()));
 }
 
 bool observe_sums(const LedgerTables& ledger, const StepSums* sums, dlpack::Device device) {
@@ -169,14 +169,13 @@ bool StepRunner::step(const std::vector<TrajectoryItem>& items, bool moved) {
     for (size_t i = 0; i < items.size(); ++i) {
       entries_[i].w = items[i].w;
       entries_[i].w_prev = items[i].w_prev;
-      entries_[i].w0 = items[i].w0;
-      entries_[i].mean = items[i].mean;
+      entries_[i].deviation = items[i].deviation;
       entries_[i].m2 = items[i].m2;
     }
     if (!on.check(upload_tensors(tables_, entries_.data(), false, on.stream()))) return false;
     stale_ = false;
   }
-  return on.check(run_step(tables_, 1.0, on.stream()));
+  return on.check(run_step(tables_, 0, on.stream()));
 }
 
 }  // namespace lipcore::cuda

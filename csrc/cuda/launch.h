@@ -47,7 +47,7 @@ class StepRunner {
  public:
   bool plan(const std::vector<TrajectoryItem>& items, dlpack::Device device, const LedgerTables& ledger);
 
-  // `moved` when a pointer in items has changed since the last call (restart and inv_count are not looked at).
+  // `moved` when a pointer in items has changed since the last call (restart and share are not looked at).
   // Allocates nothing.
   bool step(const std::vector<TrajectoryItem>& items, bool moved);
 

@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kThreads) finish_squares(const __grid_constant
   const SquarePartial own = add_chunks(tables.partials, tables.spans[tensor], Add{});
   const SquarePartial sum = Reduce(storage).Reduce(own, Add{});
   if (threadIdx.x != 0) return;
-  tables.rows[tensor] = isfinite(sum.square) ? StepSums{sum.square, 0, 0, 0, sum.square, 0}
-                                             : StepSums{kNaN, kNaN, kNaN, kNaN, kNaN, sum.nonfinite};
+  tables.rows[tensor] = isfinite(sum.square) ? StepSums{sum.square, 0, 0, sum.square, 0}
+                                             : StepSums{kNaN, kNaN, kNaN, kNaN, sum.nonfinite};
 }
 
 }  // namespace

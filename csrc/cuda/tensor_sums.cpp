@@ -72,14 +72,15 @@ bool observe_squares(const double* squares, int64_t columns, dlpack::Device devi
   return on.enter(device) && on.check(observe_squares(squares, columns, table, on.stream()));
 }
 
-bool fold_means(const std::vector<TensorView>& mean, const std::vector<TensorView>& earlier, dlpack::Device device,
+bool fold_means(const BlockMeans& block, const std::vector<TensorView>& earlier, dlpack::Device device,
                 const double* share, double* gap_sq) {
   OnDevice on("fold_means");
   if (!on.enter(device)) return false;
   std::vector<FoldTensor> list;
-  list.reserve(mean.size());
-  for (size_t i = 0; i < mean.size(); ++i)
-    list.push_back({mean[i].data, static_cast<double*>(earlier[i].data), mean[i].numel, 0, mean[i].dtype});
+  list.reserve(earlier.size());
+  for (size_t i = 0; i < earlier.size(); ++i)
+    list.push_back({block.last[i].data, block.reference[i].data, block.deviation[i].data,
+                    static_cast<double*>(earlier[i].data), earlier[i].numel, 0, block.last[i].dtype});
   TorchMemory memory;
   FoldTables tables{nullptr, nullptr, share, gap_sq};
   return make_room(device, &list, &memory, &tables.partials, &tables.spans) &&

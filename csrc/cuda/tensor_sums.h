@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "ops/fold_means.h"
 #include "ops/update_sums.h"
 #include "python/tensor_view.h"
 
@@ -17,7 +18,7 @@ bool update_sums(const std::vector<UpdateItem>& items, dlpack::Device device, St
 
 bool observe_squares(const double* squares, int64_t columns, dlpack::Device device, double* table);
 
-bool fold_means(const std::vector<TensorView>& mean, const std::vector<TensorView>& earlier, dlpack::Device device,
+bool fold_means(const BlockMeans& block, const std::vector<TensorView>& earlier, dlpack::Device device,
                 const double* share, double* gap_sq);
 
 }  // namespace lipcore::cuda

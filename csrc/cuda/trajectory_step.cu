@@ -1,10 +1,10 @@
-// One optimizer step of every parameter: reads w, w_prev, w0 and the mean, writes w_prev and the mean, 24 bytes per
-// float32 element and nothing twice.
-// Differences and the mean in the working type (float32, or float64 for float64 parameters), multiplied then added, so
-// w_prev, the mean and max |dw| have the CPU's bits. Every product and sum is float64 (error of a sum <= 1e-13
-// relative): float32 squares would lose everything below 1e-19. Even a GPU with 1/64 of the float64 rate does those 9
-// operations in less time than it moves the 24 bytes. Chunks, threads and reductions come in a fixed order, so results
-// do not depend on the GPU or on alignment.
+// One optimizer step of every parameter: reads w, w_prev and the deviation from the mean, writes w_prev and the
+// deviation, 20 bytes per float32 element and nothing twice.
+// Differences and deviations in the working type (float32, or float64 for float64 parameters), no product added to
+// anything, so w_prev, the deviation and max |dw| have the CPU's bits. Every product and sum is float64 (error of a sum
+// <= 1e-13 relative): float32 squares would lose everything below 1e-19. Even a GPU with 1/64 of the float64 rate does
+// those 7 operations in less time than it moves the 20 bytes. Chunks, threads and reductions come in a fixed order, so
+// results do not depend on the GPU or on alignment.
 #include <algorithm>
 
 #include "cuda/common.cuh"
@@ -14,7 +14,7 @@
 namespace lipcore::cuda {
 namespace {
 
-// Packs of each array in flight per thread: 128 bytes in all (80 for 16-bit elements). With three blocks per
+// Packs of each array in flight per thread: 96 bytes in all (64 for 16-bit elements). With three blocks per
 // multiprocessor that hides the latency of memory; twice as many spill.
 template <class E>
 constexpr int kUnroll = sizeof(typename E::Stored) == 2 ? 1 : 2;
@@ -23,26 +23,25 @@ using Reduce = ReduceBlock<StepSums>;
 
 template <class E>
 struct Sums {
-  double dw_sq = 0, dist_sq = 0, m2 = 0, weight_sq = 0;
+  double dw_sq = 0, m2 = 0, weight_sq = 0;
   typename E::Work max_dw = 0;
   int nonfinite = 0;
 };
 
-// Takes the old mean and w_prev, gives the new ones: w_prev is w, or where that is not finite what it was.
+// Takes the old deviation and w_prev, gives the new ones: w_prev is w, or where that is not finite what it was.
 template <class E>
-__device__ __forceinline__ void step_element(typename E::Stored w, typename E::Stored* w_prev, typename E::Stored w0,
-                                             typename E::Work* mean, bool restart, typename E::Work inv_count,
+__device__ __forceinline__ void step_element(typename E::Stored w, typename E::Stored* w_prev,
+                                             typename E::Work* deviation, bool restart, typename E::Work share,
                                              Sums<E>* sums, typename E::Work* m2 = nullptr) {
-  const auto before = E::widen(*w_prev), origin = E::widen(w0);
+  const auto before = E::widen(*w_prev);
   auto now = E::widen(w);
   const bool finite = isfinite(now);
   *w_prev = finite ? w : *w_prev;
   now = finite ? now : before;
   sums->nonfinite += !finite;
-  const auto m = observe_movement(now, before, origin, restart ? before - origin : *mean, inv_count);
-  *mean = m.mean;
+  const auto m = observe_movement(now, before, restart ? typename E::Work{0} : *deviation, share);
+  *deviation = m.deviation_after;
   sums->dw_sq = add_product(sums->dw_sq, m.step, m.step);
-  sums->dist_sq = add_product(sums->dist_sq, m.offset, m.offset);
   sums->m2 = add_product(sums->m2, m.deviation, m.deviation_after);
   sums->weight_sq = add_product(sums->weight_sq, now, now);
   const typename E::Work size = fabs(m.step);
@@ -52,21 +51,20 @@ __device__ __forceinline__ void step_element(typename E::Stored w, typename E::S
 
 template <class E, bool kAligned>
 __device__ __forceinline__ void step_run(const typename E::Stored* w, typename E::Stored* w_prev,
-                                         const typename E::Stored* w0, typename E::Work* mean, int count, bool restart,
-                                         typename E::Work inv_count, Sums<E>* sums) {
+                                         typename E::Work* deviation, int count, bool restart, typename E::Work share,
+                                         Sums<E>* sums) {
   constexpr int kLane = kLanes<E>, kPacks = kAligned ? kUnroll<E> : 1;
   const int packs = count / kLane;
   for (int i = static_cast<int>(threadIdx.x); i < packs; i += kPacks * kThreads) {
-    Pack<typename E::Stored, kLane> now[kPacks], before[kPacks], origin[kPacks];
-    Pack<typename E::Work, kLane> means[kPacks];
+    Pack<typename E::Stored, kLane> now[kPacks], before[kPacks];
+    Pack<typename E::Work, kLane> deviations[kPacks];
 #pragma unroll
     for (int u = 0; u < kPacks; ++u) {
       const int at = (i + u * kThreads) * kLane;
       if (i + u * kThreads >= packs) break;
       load_pack<kAligned, Keep::kStream>(w + at, &now[u]);
       load_pack<kAligned, Keep::kStream>(w_prev + at, &before[u]);
-      load_pack<kAligned, Keep::kStream>(w0 + at, &origin[u]);
-      if (!restart) load_pack<kAligned, Keep::kStream>(mean + at, &means[u]);
+      if (!restart) load_pack<kAligned, Keep::kStream>(deviation + at, &deviations[u]);
     }
 #pragma unroll
     for (int u = 0; u < kPacks; ++u) {
@@ -74,30 +72,28 @@ __device__ __forceinline__ void step_run(const typename E::Stored* w, typename E
       if (i + u * kThreads >= packs) break;
 #pragma unroll
       for (int k = 0; k < kLane; ++k)
-        step_element<E>(now[u].lane[k], &before[u].lane[k], origin[u].lane[k], &means[u].lane[k], restart, inv_count,
-                        sums);
+        step_element<E>(now[u].lane[k], &before[u].lane[k], &deviations[u].lane[k], restart, share, sums);
       store_pack<kAligned>(before[u], w_prev + at);
-      store_pack<kAligned>(means[u], mean + at);
+      store_pack<kAligned>(deviations[u], deviation + at);
     }
   }
   const int rest = packs * kLane + static_cast<int>(threadIdx.x);
   if (rest < count) {
-    auto old_mean = restart ? typename E::Work{0} : mean[rest];
-    step_element<E>(w[rest], &w_prev[rest], w0[rest], &old_mean, restart, inv_count, sums);
-    mean[rest] = old_mean;
+    auto own = restart ? typename E::Work{0} : deviation[rest];
+    step_element<E>(w[rest], &w_prev[rest], &own, restart, share, sums);
+    deviation[rest] = own;
   }
 }
 
 // With a variance per element: one element at a time, which is enough for what is asked rarely.
 template <class E>
 __device__ __forceinline__ void step_elements(const typename E::Stored* w, typename E::Stored* w_prev,
-                                              const typename E::Stored* w0, typename E::Work* mean,
-                                              typename E::Work* m2, int count, bool restart, typename E::Work inv_count,
-                                              Sums<E>* sums) {
+                                              typename E::Work* deviation, typename E::Work* m2, int count,
+                                              bool restart, typename E::Work share, Sums<E>* sums) {
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-    auto old_mean = restart ? typename E::Work{0} : mean[i];
-    step_element<E>(w[i], &w_prev[i], w0[i], &old_mean, restart, inv_count, sums, &m2[i]);
-    mean[i] = old_mean;
+    auto own = restart ? typename E::Work{0} : deviation[i];
+    step_element<E>(w[i], &w_prev[i], &own, restart, share, sums, &m2[i]);
+    deviation[i] = own;
   }
 }
 
@@ -114,39 +110,37 @@ struct Chunk {
   }
 };
 
-__device__ __forceinline__ StepSums step(const Chunk& chunk, bool restart, double inv_count) {
+__device__ __forceinline__ StepSums step(const Chunk& chunk, bool restart, double share) {
   StepSums result{};
   with_dtype(chunk.tensor.dtype, [&](auto element) {
     using E = decltype(element);
     const auto* w = static_cast<const typename E::Stored*>(chunk.tensor.w) + chunk.begin;
     auto* w_prev = static_cast<typename E::Stored*>(chunk.tensor.w_prev) + chunk.begin;
-    const auto* w0 = static_cast<const typename E::Stored*>(chunk.tensor.w0) + chunk.begin;
-    auto* mean = static_cast<typename E::Work*>(chunk.tensor.mean) + chunk.begin;
-    const auto factor = static_cast<typename E::Work>(inv_count);
+    auto* deviation = static_cast<typename E::Work*>(chunk.tensor.deviation) + chunk.begin;
+    const auto factor = static_cast<typename E::Work>(share);
     Sums<E> sums;
     if (chunk.tensor.m2)
-      step_elements<E>(w, w_prev, w0, mean, static_cast<typename E::Work*>(chunk.tensor.m2) + chunk.begin, chunk.count,
+      step_elements<E>(w, w_prev, deviation, static_cast<typename E::Work*>(chunk.tensor.m2) + chunk.begin, chunk.count,
                        restart, factor, &sums);
-    else if (is_aligned(w) && is_aligned(w_prev) && is_aligned(w0) && is_aligned(mean))
-      step_run<E, true>(w, w_prev, w0, mean, chunk.count, restart, factor, &sums);
+    else if (is_aligned(w) && is_aligned(w_prev) && is_aligned(deviation))
+      step_run<E, true>(w, w_prev, deviation, chunk.count, restart, factor, &sums);
     else
-      step_run<E, false>(w, w_prev, w0, mean, chunk.count, restart, factor, &sums);
-    result = {sums.dw_sq,     sums.dist_sq,
-              sums.m2,        static_cast<double>(sums.max_dw),
-              sums.weight_sq, static_cast<double>(sums.nonfinite)};
+      step_run<E, false>(w, w_prev, deviation, chunk.count, restart, factor, &sums);
+    result = {sums.dw_sq, sums.m2, static_cast<double>(sums.max_dw), sums.weight_sq,
+              static_cast<double>(sums.nonfinite)};
   });
   return result;
 }
 
 // One block per chunk.
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    step_chunks(const __grid_constant__ StepTables tables, double inv_count) {
+    step_chunks(const __grid_constant__ StepTables tables, double share) {
   __shared__ typename Reduce::TempStorage storage;
   const ChunkEntry entry = tables.chunks[blockIdx.x];
   const TrajectoryRow* row = tables.ledger.rows ? tables.ledger.rows + entry.tensor : nullptr;
   const bool restart = row && starts_block(*row);
-  if (row) inv_count = 1.0 / points_after_step(*row);
-  const StepSums sums = Reduce(storage).Reduce(step(Chunk(tables, entry), restart, inv_count), Merge{});
+  if (row) share = share_before(points_after_step(*row));
+  const StepSums sums = Reduce(storage).Reduce(step(Chunk(tables, entry), restart, share), Merge{});
   if (threadIdx.x == 0) tables.partials[blockIdx.x] = sums;
 }
 
@@ -274,9 +268,9 @@ Status upload_tensors(const StepTables& tables, const TensorEntry* host, bool la
   return {0, ""};
 }
 
-Status run_step(const StepTables& tables, double inv_count, void* stream) {
+Status run_step(const StepTables& tables, double share, void* stream) {
   if (tables.chunk_count) {
-    const Status status = launch("stepping the tensors", &step_chunks, tables.chunk_count, stream, tables, inv_count);
+    const Status status = launch("stepping the tensors", &step_chunks, tables.chunk_count, stream, tables, share);
     if (status.code) return status;
   }
   if (tables.tensor_count) {

@@ -100,7 +100,7 @@ struct Observer {
   }
 
   __device__ UpdateSums sums() const {
-    return {{dw_sq, 0, 0, static_cast<double>(max_dw), weight_sq, static_cast<double>(nonfinite)},
+    return {{dw_sq, 0, static_cast<double>(max_dw), weight_sq, static_cast<double>(nonfinite)},
             direction_sq,
             ratio_sq,
             momentum_sq,
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kThreads) finish_updates(const __grid_constant
   const UpdateSums sums = Reduce(storage).Reduce(add_chunks(tables.partials, span, Merge{}), Merge{});
   if (threadIdx.x != 0) return;
   const bool finite = sums.step.nonfinite == 0;
-  tables.rows[tensor] = finite ? sums.step : StepSums{kNaN, kNaN, kNaN, kNaN, kNaN, sums.step.nonfinite};
+  tables.rows[tensor] = finite ? sums.step : StepSums{kNaN, kNaN, kNaN, kNaN, sums.step.nonfinite};
   take_squares(sums, span.elements, tables.squares, gridDim.x, tensor);
 }
 

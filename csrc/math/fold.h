@@ -5,6 +5,11 @@
 
 namespace lipcore {
 
+// The mean of a block's offsets from a reference point: `deviation` is how far its last point lies from its mean.
+LIPCORE_INLINE double mean_offset(double last, double reference, double deviation) {
+  return (last - reference) - deviation;
+}
+
 // `earlier` becomes the mean of both, `mean` weighing `share`. Returns how far apart they were, squared.
 LIPCORE_INLINE double fold_mean(double mean, double* earlier, double share) {
   const double gap = mean - *earlier;

@@ -1,8 +1,10 @@
 // One parameter's movement in one optimizer step, and the sums kept of it. Shared by the CPU kernels (V = a vector of
 // 16 lanes) and the CUDA kernels (V = float or double).
 //
-// The mean is kept of the offset w - w0, not of w: a weight of 1 that moves by 1e-6 would lose its movement in a
-// float32 mean of w, while the offset is exact (Sterbenz) and as small as the movement itself.
+// The mean is not kept itself: a weight of 1 that moves by 1e-6 would lose its movement in a float32 mean. What is kept
+// is how far the last point lies from it, which is as small as the movement. Adding the step, which is exact
+// (Sterbenz), gives how far the next point lies from the same mean; and what the mean then comes nearer by, that point
+// takes off.
 #pragma once
 
 #include <cmath>
@@ -14,22 +16,18 @@ namespace lipcore {
 template <class V>
 struct Movement {
   V step;             // w - w_prev
-  V offset;           // w - w0
-  V mean;             // running mean of the offset, this point included
-  V deviation;        // offset - old mean
-  V deviation_after;  // offset - new mean
+  V deviation;        // w - the mean of the points before
+  V deviation_after;  // w - the mean of the points, this one included
 };
 
-// Welford's update; inv_count is 1 / (number of points, this one included). Multiply, then add: never fused, so that
-// every instruction set gives the same bits.
+// Welford's update. `deviation` is w_prev - the mean of the points before, whose share in the new mean is `share`. No
+// product is added to anything, so every instruction set gives the same bits.
 template <class V>
-LIPCORE_INLINE Movement<V> observe_movement(V w, V w_prev, V w0, V mean, V inv_count) {
+LIPCORE_INLINE Movement<V> observe_movement(V w, V w_prev, V deviation, V share) {
   Movement<V> m;
   m.step = w - w_prev;
-  m.offset = w - w0;
-  m.deviation = m.offset - mean;
-  m.mean = mean + m.deviation * inv_count;
-  m.deviation_after = m.offset - m.mean;
+  m.deviation = m.step + deviation;
+  m.deviation_after = m.deviation * share;
   return m;
 }
 
@@ -38,18 +36,16 @@ LIPCORE_INLINE Movement<V> observe_movement(V w, V w_prev, V w0, V mean, V inv_c
 // stood still.
 struct StepSums {
   double dw_sq;         // sum (w - w_prev)^2
-  double dist_sq;       // sum (w - w0)^2
-  double m2_increment;  // sum (offset - old mean)(offset - new mean)
+  double m2_increment;  // sum (w - old mean)(w - new mean)
   double max_abs_dw;    // max |w - w_prev|
   double weight_sq;     // sum w^2
   double nonfinite;     // number of NaN and infinite elements
 };
-constexpr int kStepSums = 6;
+constexpr int kStepSums = 5;
 static_assert(sizeof(StepSums) == kStepSums * sizeof(double), "a row of trajectory_step's result");
 
 LIPCORE_INLINE void merge(StepSums* into, const StepSums& from) {
   into->dw_sq += from.dw_sq;
-  into->dist_sq += from.dist_sq;
   into->m2_increment += from.m2_increment;
   if (from.max_abs_dw > into->max_abs_dw) into->max_abs_dw = from.max_abs_dw;
   into->weight_sq += from.weight_sq;
@@ -60,7 +56,7 @@ LIPCORE_INLINE void merge(StepSums* into, const StepSums& from) {
 // its update. The increment stays, since the mean has taken the point in.
 LIPCORE_INLINE StepSums left_out(const StepSums& sums) {
   const double nan = static_cast<double>(NAN);
-  return {nan, nan, sums.m2_increment, nan, nan, sums.nonfinite};
+  return {nan, sums.m2_increment, nan, nan, sums.nonfinite};
 }
 
 }  // namespace lipcore

@@ -14,7 +14,7 @@ struct TrajectoryRow {
   double path;         // sum of ||dw||
   double points;       // in the running mean: those of the open block
   double folded;       // of the window's earlier blocks, whose means were merged
-  double m2;           // sum of ||offset - mean||^2 within blocks, and between those that were merged
+  double m2;           // sum of ||w - mean||^2 within blocks, and between those that were merged
   double update_last;  // ||dw||
   double update_max;
   double max_abs_last;  // max |dw|
@@ -28,7 +28,7 @@ struct TrajectoryRow {
   // Since the reference point.
   double total_steps;
   double total_path;
-  double distance;  // ||w - w0|| after the last finite step
+  double distance;  // ||w - w0||: no step reads w0, so it is made when a window is asked for, and is not kept here
   double weight;    // ||w||
   // Of the row itself.
   double group;  // of a tensor: which group it adds to
@@ -38,9 +38,9 @@ static_assert(sizeof(TrajectoryRow) == kTrajectoryColumns * sizeof(double), "a r
 
 LIPCORE_INLINE double larger(double a, double b) { return b > a ? b : a; }
 
-// A float32 mean that grows with a drifting weight loses its increments, so it is kept per
-// block and blocks are merged by Chan's formula. A window's first block counts the point it starts from; a later one
-// begins with its first step, since the point before belongs to the block before.
+// A float32 deviation from the mean of a drifting weight grows and loses the increments, so it is kept per block, and
+// blocks are merged by Chan's formula. A window's first block counts the point it starts from; a later one begins with
+// its first step, since the point before belongs to the block before.
 constexpr int kTrajectoryBlock = 512;  // 5e-5 of the variance after 1e5 steps in one block, 4e-7 in two hundred
 constexpr double kContinues = -1;  // `points` before a window that goes on where another one ended: its start is that
                                    // one's last point, and merging the two must not count it twice
@@ -48,13 +48,15 @@ LIPCORE_INLINE bool starts_block(const TrajectoryRow& row) { return row.points <
 LIPCORE_INLINE double points_after_step(const TrajectoryRow& row) {
   return starts_block(row) ? (row.points == 0 && row.steps == 0 ? 2 : 1) : row.points + 1;
 }
+// The share that the points before have in the mean of n.
+LIPCORE_INLINE double share_before(double n) { return (n - 1) / n; }
 
 // A weight of norm zero that did not move has ratio 0; one that moved has no finite ratio, and infinity says so.
 LIPCORE_INLINE double update_ratio(double update, double weight) { return update == 0 ? 0 : update / weight; }
 
 // NaN is a tensor with non-finite elements; zeros beside a count of them, a group of nothing but such tensors.
 LIPCORE_INLINE bool is_counted(const StepSums& step) {
-  const bool anything = step.weight_sq > 0 || step.dw_sq > 0 || step.dist_sq > 0;
+  const bool anything = step.weight_sq > 0 || step.dw_sq > 0;
   return step.nonfinite > 0 ? anything : step.dw_sq == step.dw_sq;
 }
 
@@ -88,7 +90,6 @@ LIPCORE_INLINE void observe(TrajectoryRow* row, const StepSums& step) {
   row->ratio_max = larger(row->ratio_max, ratio);
   row->total_steps += 1;
   row->total_path += update;
-  row->distance = sqrt(step.dist_sq);
   row->weight = weight;
 }
 
@@ -105,7 +106,7 @@ LIPCORE_INLINE void observe_row(TrajectoryRow* row, RecentStep* recent, const St
 }
 
 // A group before its first finite member: the largest of no absolute values.
-LIPCORE_INLINE StepSums no_member() { return {0, 0, 0, -1, 0, 0}; }
+LIPCORE_INLINE StepSums no_member() { return {0, 0, -1, 0, 0}; }
 
 // Sums of a group's step from its members'. A non-finite member adds its count, and to the variance, and the rest goes
 // on.

@@ -13,28 +13,66 @@
 namespace lipcore {
 namespace {
 
-template <class T>
-double fold(const T* mean, double* earlier, int64_t count, double share) {
+struct AsItIs {
+  template <class T>
+  double operator()(T x) const {
+    return x;
+  }
+};
+
+template <class Stored, class Wide, class Widen>
+double fold(const BlockMeans& block, const TensorView& earlier, size_t tensor, int64_t begin, int64_t count,
+            double share, Widen widen) {
+  const auto* last = static_cast<const Stored*>(block.last[tensor].data) + begin;
+  const auto* reference = static_cast<const Stored*>(block.reference[tensor].data) + begin;
+  const auto* deviation = static_cast<const Wide*>(block.deviation[tensor].data) + begin;
+  auto* before = static_cast<double*>(earlier.data) + begin;
   double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += fold_mean(mean[i], &earlier[i], share);
+  for (int64_t i = 0; i < count; ++i)
+    sum += fold_mean(mean_offset(widen(last[i]), widen(reference[i]), deviation[i]), &before[i], share);
   return sum;
+}
+
+double fold(const BlockMeans& block, const TensorView& earlier, size_t tensor, int64_t begin, int64_t count,
+            double share) {
+  switch (block.last[tensor].dtype) {
+    case DType::kFloat64:
+      return fold<double, double>(block, earlier, tensor, begin, count, share, AsItIs{});
+    case DType::kFloat32:
+      return fold<float, float>(block, earlier, tensor, begin, count, share, AsItIs{});
+    case DType::kBfloat16:
+      return fold<uint16_t, float>(block, earlier, tensor, begin, count, share,
+                                   [](uint16_t bits) -> double { return bfloat16_to_float(bits); });
+    default:
+      return fold<uint16_t, float>(block, earlier, tensor, begin, count, share,
+                                   [](uint16_t bits) -> double { return float16_to_float(bits); });
+  }
+}
+
+bool fits(const BlockMeans& block, const TensorView& earlier, size_t i, dlpack::Device device) {
+  const TensorView& last = block.last[i];
+  const DType wide = last.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const auto beside = [&](const TensorView& other, DType dtype) {
+    return other.dtype == dtype && other.numel == last.numel && other.same_device(last);
+  };
+  return last.device.type == device.type && last.device.id == device.id && last.dtype != DType::kInt64 &&
+         beside(block.reference[i], last.dtype) && beside(block.deviation[i], wide) &&
+         beside(earlier, DType::kFloat64);
 }
 
 }  // namespace
 
-bool fold_means(const std::vector<TensorView>& mean, const std::vector<TensorView>& earlier, const double* share,
-                double* gap_sq, dlpack::Device device) {
-  for (size_t i = 0; i < mean.size(); ++i) {
-    const bool there = mean[i].device.type == device.type && mean[i].device.id == device.id;
-    if (earlier[i].dtype != DType::kFloat64 || mean[i].numel != earlier[i].numel || !there ||
-        !mean[i].same_device(earlier[i]) || (mean[i].dtype != DType::kFloat32 && mean[i].dtype != DType::kFloat64))
-      return fail({"earlier", static_cast<int64_t>(i)}, "does not fit mean[%zu]", i);
-  }
+bool fold_means(const BlockMeans& block, const std::vector<TensorView>& earlier, const double* share, double* gap_sq,
+                dlpack::Device device) {
+  const size_t tensors = earlier.size();
+  for (size_t i = 0; i < tensors; ++i)
+    if (!fits(block, earlier[i], i, device))
+      return fail({"earlier", static_cast<int64_t>(i)}, "does not fit last, reference and deviation[%zu]", i);
   if (device.type != dlpack::kCPU) {
 #if defined(LIPCORE_WITH_CUDA)
-    return mean.empty() || cuda::fold_means(mean, earlier, device, share, gap_sq);
+    return earlier.empty() || cuda::fold_means(block, earlier, device, share, gap_sq);
 #else
-    return fail({"mean"}, "is on a CUDA device, but this lipcore was built without CUDA; rebuild with LIPCORE_CUDA=ON");
+    return fail({"last"}, "is on a CUDA device, but this lipcore was built without CUDA; rebuild with LIPCORE_CUDA=ON");
 #endif
   }
   struct Chunk {
@@ -44,22 +82,17 @@ bool fold_means(const std::vector<TensorView>& mean, const std::vector<TensorVie
   };
   std::vector<Chunk> chunks;
   int64_t total = 0;
-  for (size_t i = 0; i < mean.size(); ++i) {
-    for (int64_t begin = 0; begin < mean[i].numel; begin += kChunk) chunks.push_back({i, begin, 0});
-    total += mean[i].numel;
+  for (size_t i = 0; i < tensors; ++i) {
+    for (int64_t begin = 0; begin < earlier[i].numel; begin += kChunk) chunks.push_back({i, begin, 0});
+    total += earlier[i].numel;
   }
   const auto run = [&](int64_t index) {
     Chunk& c = chunks[static_cast<size_t>(index)];
-    const int64_t count = std::min(kChunk, mean[c.tensor].numel - c.begin);
-    const auto of = [&](auto type) {
-      using T = decltype(type);
-      c.sum = fold(static_cast<const T*>(mean[c.tensor].data) + c.begin,
-                   static_cast<double*>(earlier[c.tensor].data) + c.begin, count, share[c.tensor]);
-    };
-    mean[c.tensor].dtype == DType::kFloat32 ? of(0.0f) : of(0.0);
+    const int64_t count = std::min(kChunk, earlier[c.tensor].numel - c.begin);
+    c.sum = fold(block, earlier[c.tensor], c.tensor, c.begin, count, share[c.tensor]);
   };
   parallel_for(static_cast<int64_t>(chunks.size()), total >= kSerialElements, run);
-  std::fill(gap_sq, gap_sq + mean.size(), 0.0);
+  std::fill(gap_sq, gap_sq + tensors, 0.0);
   for (const Chunk& c : chunks) gap_sq[c.tensor] += c.sum;
   return true;
 }

@@ -14,9 +14,9 @@ namespace lipcore {
 namespace {
 
 StepSums sums_of(double square, double nonfinite) {
-  if (std::isfinite(square)) return {square, 0, 0, 0, square, 0};
+  if (std::isfinite(square)) return {square, 0, 0, square, 0};
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  return {nan, nan, nan, nan, nan, nonfinite};
+  return {nan, nan, nan, nan, nonfinite};
 }
 
 bool check_all(const std::vector<TensorView>& tensors, dlpack::Device device) {

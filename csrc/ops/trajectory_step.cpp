@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels.h"
+#include "math/trajectory_row.h"
 #include "python/parallel.h"
 #include "python/tensor_text.h"
 #if defined(LIPCORE_WITH_CUDA)
@@ -35,17 +36,16 @@ void TrajectoryRunner::plan(const std::vector<int64_t>& counts) {
 
 void TrajectoryRunner::step(const TrajectoryItem& item, int64_t chunk) {
   const Chunk& c = chunks_[chunk];
-  const DType mean_dtype = item.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const DType wide = item.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   TrajectoryChunk work;
   work.w = at(item.w, c.begin, item.dtype);
   work.w_prev = const_cast<char*>(at(item.w_prev, c.begin, item.dtype));
-  work.w0 = at(item.w0, c.begin, item.dtype);
-  work.mean = const_cast<char*>(at(item.mean, c.begin, mean_dtype));
-  work.m2 = item.m2 ? const_cast<char*>(at(item.m2, c.begin, mean_dtype)) : nullptr;
+  work.deviation = const_cast<char*>(at(item.deviation, c.begin, wide));
+  work.m2 = item.m2 ? const_cast<char*>(at(item.m2, c.begin, wide)) : nullptr;
   work.count = c.count;
   work.dtype = item.dtype;
   work.restart = item.restart;
-  work.inv_count = item.inv_count;
+  work.share = item.share;
   kernels().trajectory_step->chunk(work, &partials_[chunk]);
 }
 
@@ -141,13 +141,12 @@ bool check_overlap(std::vector<Interval>& intervals) {
 }  // namespace
 
 bool trajectory_step(const std::vector<TensorView>& params, const std::vector<TensorView>& prev,
-                     const std::vector<TensorView>& ref, const std::vector<TensorView>& mean, int64_t count,
-                     const TensorView& out) {
+                     const std::vector<TensorView>& deviation, int64_t count, const TensorView& out) {
   const size_t n = params.size();
   if (count < 1)
     return fail({"count"}, "expected the number of points averaged, this one included, >= 1, got %lld",
                 static_cast<long long>(count));
-  for (const auto& [name, list] : {std::pair{"prev", &prev}, {"ref", &ref}, {"mean", &mean}})
+  for (const auto& [name, list] : {std::pair{"prev", &prev}, {"deviation", &deviation}})
     if (list->size() != n) return fail({name}, "expected %zu tensors, one per parameter, got %zu", n, list->size());
   if (out.dtype != DType::kFloat64 || out.ndim != 2 || out.shape[0] != static_cast<int64_t>(n) ||
       out.shape[1] != kStepSums || (n > 1 && out.strides[0] != kStepSums) || (n && out.strides[1] != 1))
@@ -159,16 +158,15 @@ bool trajectory_step(const std::vector<TensorView>& params, const std::vector<Te
   for (size_t i = 0; i < n; ++i) {
     const auto index = static_cast<int64_t>(i);
     const TensorView& w = params[i];
-    const DType mean_dtype = w.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    const DType wide = w.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
     if (!w.is_dense()) return fail({"params", index}, "is not dense memory; pass a contiguous copy");
     if (!w.same_device(params[0]))
       return fail({"params", index}, "is on another device than params[0]; put all on one");
-    if (!check_state(prev[i], w, {"prev", index}, w.dtype) || !check_state(ref[i], w, {"ref", index}, w.dtype) ||
-        !check_state(mean[i], w, {"mean", index}, mean_dtype))
+    if (!check_state(prev[i], w, {"prev", index}, w.dtype) ||
+        !check_state(deviation[i], w, {"deviation", index}, wide))
       return false;
-    items[i] = {w.data,       prev[i].data, ref[i].data,
-                mean[i].data, nullptr,      w.numel,
-                w.dtype,      false,        1.0 / static_cast<double>(count)};
+    items[i] = {w.data,  prev[i].data, deviation[i].data, nullptr,
+                w.numel, w.dtype,      false,             share_before(static_cast<double>(count))};
     counts[i] = w.numel;
     if (!w.numel) continue;
     auto add = [&](const TensorView& view, bool written, const char* name) {
@@ -177,8 +175,7 @@ bool trajectory_step(const std::vector<TensorView>& params, const std::vector<Te
     };
     add(w, false, "params");
     add(prev[i], true, "prev");
-    add(ref[i], false, "ref");
-    add(mean[i], true, "mean");
+    add(deviation[i], true, "deviation");
   }
   if (n && !out.same_device(params[0])) return fail({"out"}, "is on another device than params; put all on one device");
   if (n) {

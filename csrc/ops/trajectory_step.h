@@ -1,4 +1,4 @@
-// One step of many tensors: how far each moved, and how far it is from where it began.
+// One step of many tensors: how far each moved, and how far it is from its mean so far.
 #pragma once
 
 #include <vector>
@@ -13,13 +13,12 @@ namespace lipcore {
 struct TrajectoryItem {
   const void* w;
   void* w_prev;
-  const void* w0;
-  void* mean;
+  void* deviation;
   void* m2;  // may be null
   int64_t count;
   DType dtype;
   bool restart;
-  double inv_count;
+  double share;
 };
 
 // Runs one step over a fixed list of tensors. The chunk table is made once (plan) and reused; run() allocates nothing.
@@ -48,9 +47,8 @@ class TrajectoryRunner {
   void merge_chunks(StepSums* sums) const;
 };
 
-// The stateless form: all lists of n tensors, out float64 [n, 6] (the columns of StepSums), count >= 1.
+// The stateless form: all lists of n tensors, out float64 [n, 5] (the columns of StepSums), count >= 1.
 bool trajectory_step(const std::vector<TensorView>& params, const std::vector<TensorView>& prev,
-                     const std::vector<TensorView>& ref, const std::vector<TensorView>& mean, int64_t count,
-                     const TensorView& out);
+                     const std::vector<TensorView>& deviation, int64_t count, const TensorView& out);
 
 }  // namespace lipcore

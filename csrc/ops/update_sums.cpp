@@ -132,7 +132,7 @@ void sum_update_run(const UpdateItem& item, int64_t begin, int64_t count, Update
 
 StepSums update_row(const UpdateSums& sums) {
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  return sums.step.nonfinite == 0 ? sums.step : StepSums{nan, nan, nan, nan, nan, sums.step.nonfinite};
+  return sums.step.nonfinite == 0 ? sums.step : StepSums{nan, nan, nan, nan, sums.step.nonfinite};
 }
 
 UpdateForm form_of(const UpdateItem& item) {

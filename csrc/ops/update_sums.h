@@ -30,7 +30,7 @@ void sum_update_run(const UpdateItem& item, int64_t begin, int64_t count, Update
 // A tensor's row from the sums over its runs: NaN but for the number where elements are not finite.
 StepSums update_row(const UpdateSums& sums);
 
-// rows float64 [n, 6] (the columns of StepSums), squares float64 [kUpdateSquares, n] (see UpdateSquare). A tensor with
+// rows float64 [n, 5] (the columns of StepSums), squares float64 [kUpdateSquares, n] (see UpdateSquare). A tensor with
 // a non-finite element of w or of the update has a row of NaN with the number of such elements. All on one device.
 // Returns false with a Python exception set, and nothing written, when an argument is wrong.
 bool update_sums(const std::vector<UpdateItem>& items, const TensorView& rows, const TensorView& squares);

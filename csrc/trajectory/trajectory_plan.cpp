@@ -9,7 +9,7 @@ namespace lipcore {
 
 TrajectoryPlan::~TrajectoryPlan() {
   for (TrajectoryCopies& copies : copies_)
-    for (PyObject* object : {copies.prev, copies.ref, copies.mean, copies.m2}) Py_XDECREF(object);
+    for (PyObject* object : {copies.prev, copies.deviation, copies.m2}) Py_XDECREF(object);
 }
 
 bool TrajectoryPlan::capture(std::vector<ParameterEntry> entries, std::vector<TrajectoryCopies> copies,
@@ -43,23 +43,22 @@ bool TrajectoryPlan::capture(std::vector<ParameterEntry> entries, std::vector<Tr
 
 // The slow look, taken at capture and whenever the pointer has changed.
 bool TrajectoryPlan::admit(size_t i, const TensorView& view) {
-  TensorView prev, ref, mean, m2{};
+  TensorView prev, deviation, m2{};
   if (!view_tensor(copies_[i].prev, {"prev"}, Access::kWrite, &prev) ||
-      !view_tensor(copies_[i].ref, {"ref"}, Access::kWrite, &ref) ||
-      !view_tensor(copies_[i].mean, {"mean"}, Access::kWrite, &mean))
+      !view_tensor(copies_[i].deviation, {"deviation"}, Access::kWrite, &deviation))
     return false;
   const bool elements = copies_[i].m2 != Py_None;
   if (elements && !view_tensor(copies_[i].m2, {"m2"}, Access::kWrite, &m2)) return false;
-  const DType mean_dtype = view.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const DType wide = view.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   const auto fits = [&](const TensorView& state) {
-    return state.dtype == mean_dtype && state.numel == view.numel && state.same_device(view);
+    return state.dtype == wide && state.numel == view.numel && state.same_device(view);
   };
   const uint64_t geometry = geometry_of(view);
-  if (geometry_of(prev) != geometry || geometry_of(ref) != geometry || !fits(mean) || (elements && !fits(m2)))
+  if (geometry_of(prev) != geometry || !fits(deviation) || (elements && !fits(m2)))
     return parameters_.refuse(i, "does not match its state's shape, dtype, device or memory layout");
-  const TrajectoryItem item{view.data, prev.data, ref.data, mean.data, m2.data, view.numel, view.dtype, true, 0.5};
-  moved_ = moved_ || item.w != items_[i].w || item.w_prev != items_[i].w_prev || item.w0 != items_[i].w0 ||
-           item.mean != items_[i].mean || item.m2 != items_[i].m2;
+  const TrajectoryItem item{view.data, prev.data, deviation.data, m2.data, view.numel, view.dtype, true, 0.5};
+  moved_ = moved_ || item.w != items_[i].w || item.w_prev != items_[i].w_prev ||
+           item.deviation != items_[i].deviation || item.m2 != items_[i].m2;
   items_[i] = item;
   parameters_.accept(i, view);
   return true;
@@ -100,7 +99,7 @@ bool TrajectoryPlan::step_on_device() {
 void TrajectoryPlan::step_on_cpu(MovementCheck* check) {
   for (size_t i = 0; i < items_.size(); ++i) {
     items_[i].restart = starts_block(ledger_->row(i));
-    items_[i].inv_count = 1.0 / points_after_step(ledger_->row(i));
+    items_[i].share = share_before(points_after_step(ledger_->row(i)));
   }
   const auto run = [this, check] {
     if (check)

@@ -18,8 +18,7 @@ class StepRunner;
 // State tensors of one parameter, with its layout; strong references. m2 is None where no variance per element is kept.
 struct TrajectoryCopies {
   PyObject* prev;
-  PyObject* ref;
-  PyObject* mean;
+  PyObject* deviation;
   PyObject* m2;
 };
 

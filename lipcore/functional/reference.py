@@ -30,29 +30,29 @@ def normalized_norms(delta: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor
 
 
 def trajectory_step(
-    params: Sequence[Tensor], prev: Sequence[Tensor], ref: Sequence[Tensor], mean: Sequence[Tensor], count: int
+    params: Sequence[Tensor], prev: Sequence[Tensor], deviation: Sequence[Tensor], count: int
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Return rows (dw_sq, dist_sq, m2_increment, max_abs_dw, weight_sq, nonfinite) and the new prev and mean.
+    """Return rows (dw_sq, m2_increment, max_abs_dw, weight_sq, nonfinite) and the new prev and deviation.
 
-    mean is the running mean of w - ref over `count` points, this one included. A non-finite element counts as what it
-    was in prev; the row of its tensor is NaN but for m2_increment and the number of such elements.
+    The mean of the points so far is prev - deviation, and after this step that of `count` points, this one included. A
+    non-finite element counts as what it was in prev; the row of its tensor is NaN but for m2_increment and the number
+    of such elements.
     """
-    rows, new_prev, new_mean = [], [], []
-    for w, p, z, m in zip(params, prev, ref, mean, strict=True):
-        w, p, z, m = (t.detach().double() for t in (w, p, z, m))
+    rows, new_prev, new_deviation = [], [], []
+    for w, p, d in zip(params, prev, deviation, strict=True):
+        w, p, d = (t.detach().double() for t in (w, p, d))
         nonfinite = (~w.isfinite()).sum().double()
         w = torch.where(w.isfinite(), w, p)
-        step, offset = w - p, w - z
-        after = m + (offset - m) / count
+        step, before = w - p, (w - p) + d
+        after = before - before / count  # as the mean comes nearer by a share of 1 / count
         largest = step.abs().max() if w.numel() else torch.tensor(0.0)
-        m2_increment = ((offset - m) * (offset - after)).sum()
-        row = [step.pow(2).sum(), offset.pow(2).sum(), m2_increment, largest, w.pow(2).sum(), nonfinite]
+        row = [step.pow(2).sum(), (before * after).sum(), largest, w.pow(2).sum(), nonfinite]
         if nonfinite:
-            row[:2] = row[3:5] = [torch.tensor(torch.nan)] * 2
+            row[0], row[2], row[3] = [torch.tensor(torch.nan)] * 3
         rows.append(torch.tensor([float(v) for v in row], dtype=torch.float64))
         new_prev.append(w)
-        new_mean.append(after)
-    return torch.stack(rows) if rows else torch.zeros(0, 6, dtype=torch.float64), new_prev, new_mean
+        new_deviation.append(after)
+    return torch.stack(rows) if rows else torch.zeros(0, 5, dtype=torch.float64), new_prev, new_deviation
 
 
 def tensor_stats(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ def update_sums(
     gradients: Sequence[Tensor | None] | None = None,
     previous: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return rows (dw_sq, 0, 0, max_abs_dw, weight_sq, nonfinite) of dw = -(decay w + rate u + mix b), u = a or,
+    """Return rows (dw_sq, 0, max_abs_dw, weight_sq, nonfinite) of dw = -(decay w + rate u + mix b), u = a or,
     adaptive, first_scale a / (second_scale sqrt(b) + eps); and mean u^2, mean g^2 / max(v, eps^2) with v =
     second_scale^2 b, sum m^2 of the momentum, sum b^2, sum ((w - w_prev) - dw)^2, of what there is. NaN but for
     nonfinite where w or dw is not finite."""
@@ -119,8 +119,8 @@ def update_sums(
         u = r.first_scale * a / (r.second_scale * b.sqrt() + r.eps) if r.adaptive else a
         dw = -(r.decay * w + r.rate * u + (0 if r.adaptive else r.mix * b))
         bad = float((~(w.isfinite() & dw.isfinite())).sum())
-        row = [float(dw.square().sum()), 0.0, 0.0, float(dw.abs().sum() and dw.abs().max()), float(w.square().sum())]
-        rows.append(torch.tensor([*([torch.nan] * 5 if bad else row), bad], dtype=torch.float64))
+        row = [float(dw.square().sum()), 0.0, float(dw.abs().sum() and dw.abs().max()), float(w.square().sum())]
+        rows.append(torch.tensor([*([torch.nan] * 4 if bad else row), bad], dtype=torch.float64))
         momentum = a if r.adaptive or not has_second else b
         root = (r.second_scale * b.sqrt()).clamp(min=r.eps)
         known = [
@@ -132,7 +132,7 @@ def update_sums(
         ]
         squares.append(torch.stack([nan] * 5 if bad else known))
     all_rows, all_squares = (
-        torch.stack(x or [torch.zeros(k).double()])[: len(x)] for x, k in ((rows, 6), (squares, 5))
+        torch.stack(x or [torch.zeros(k).double()])[: len(x)] for x, k in ((rows, 5), (squares, 5))
     )
     return all_rows, all_squares.T
 

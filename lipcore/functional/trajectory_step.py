@@ -15,61 +15,61 @@ from lipcore.models.arguments import check_count
 def trajectory_step(
     params: Sequence[Tensor],
     prev: Sequence[Tensor],
-    ref: Sequence[Tensor],
-    mean: Sequence[Tensor],
+    deviation: Sequence[Tensor],
     count: int,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
     r"""Take one step of trajectory statistics for a list of tensors, in one pass over their memory.
 
-    With dw = w - prev and x = w - ref, the columns of the result are :math:`\sum dw^2`, :math:`\sum x^2`, the Welford
-    increment :math:`\sum (x - \bar x_{old})(x - \bar x_{new})`, :math:`\max |dw|`, :math:`\sum w^2` and the number of
-    non-finite elements of w. Then prev becomes w and mean becomes the mean of x over `count` points. A non-finite
-    element counts as having stood still: as what it was in prev, where it stays. The row of its tensor has NaN but for
-    the increment and the number of such elements; the other tensors are unaffected.
+    With dw = w - prev and the mean :math:`\bar w` of the points, the columns of the result are :math:`\sum dw^2`, the
+    Welford increment :math:`\sum (w - \bar w_{old})(w - \bar w_{new})`, :math:`\max |dw|`, :math:`\sum w^2` and the
+    number of non-finite elements of w. Then prev becomes w, and deviation what w lies from the mean of `count` points.
+    The mean itself is prev - deviation: kept as that, a small movement of a large weight loses nothing to rounding. A
+    non-finite element counts as having stood still: as what it was in prev, where it stays. The row of its tensor has
+    NaN but for the increment and the number of such elements; the other tensors are unaffected.
 
     Args:
         params: the tensors as they are now.
         prev: as they were a step ago, same shapes and dtypes; updated in place.
-        ref: the reference point (the initialisation, say), same shapes and dtypes.
-        mean: running mean of w - ref, float32 (float64 for float64 tensors); updated in place.
-        count: number of points averaged, this one included; at 1 the mean starts here.
-        out: float64 [n, 6] to write into.
+        deviation: prev - the mean of the points so far, float32 (float64 for float64 tensors); updated in place.
+        count: number of points averaged, this one included; at 1 the mean starts here. A path that starts at prev has
+            0 as the deviation and 2 as the count of its first step.
+        out: float64 [n, 5] to write into.
 
     Returns:
-        float64 [n, 6].
+        float64 [n, 5].
 
     Raises:
         TypeError, ValueError: an argument lipcore cannot use, state that is not dense or shares memory, or lists that
             do not belong together. Nothing has been written then.
 
-    >>> w, state = [torch.tensor([3.0, 4.0])], [[torch.zeros(2)] for _ in range(3)]
-    >>> trajectory_step(w, *state, count=1)
-    tensor([[25., 25.,  0.,  4., 25.,  0.]], dtype=torch.float64)
+    >>> w, prev, deviation = [torch.tensor([3.0, 4.0])], [torch.zeros(2)], [torch.zeros(2)]
+    >>> trajectory_step(w, prev, deviation, count=2)
+    tensor([[25.0000, 12.5000,  4.0000, 25.0000,  0.0000]], dtype=torch.float64)
+    >>> prev, deviation
+    ([tensor([3., 4.])], [tensor([1.5000, 2.0000])])
     """
-    lists = {"params": params, "prev": prev, "ref": ref, "mean": mean}
+    lists = {"params": params, "prev": prev, "deviation": deviation}
     for name, tensors in lists.items():
         if not isinstance(tensors, (list, tuple)):
             raise TypeError(f"{name}: expected a list or tuple of tensors, got {type(tensors).__name__}")
     readable = [resolved(tensor, "params", i) for i, tensor in enumerate(params)]
-    reference = [resolved(tensor, "ref", i) for i, tensor in enumerate(ref)]
     check_count("count", count)
-    for name in ("prev", "mean"):
+    for name in ("prev", "deviation"):
         for i, tensor in enumerate(lists[name]):
             check_state(tensor, name, i)
-    if len(prev) == len(params) and len(ref) == len(params):
-        laid_out = [[_in_layout_of(a, b) for a, b in zip(t, prev, strict=True)] for t in (readable, reference)]
-        written = [("prev", prev), ("mean", mean), ("out", [] if out is None else [out])]
-        for name, before, after in zip(("params", "ref"), (readable, reference), laid_out, strict=True):
-            _check_copies(name, before, after, written)
-        readable, reference = laid_out
+    if len(prev) == len(params):
+        laid_out = [_in_layout_of(a, b) for a, b in zip(readable, prev, strict=True)]
+        written = [("prev", prev), ("deviation", deviation), ("out", [] if out is None else [out])]
+        _check_copies("params", readable, laid_out, written)
+        readable = laid_out
     if out is None:
         device = readable[0].device if readable else None
         out = torch.empty(len(params), _core.STEP_COLUMNS, dtype=torch.float64, device=device)
     else:
         check_state(out, "out")
-    _core.trajectory_step(readable, prev, reference, mean, count, out)
+    _core.trajectory_step(readable, prev, deviation, count, out)
     return out
 
 

@@ -28,9 +28,9 @@ def update_sums(
     r"""Sum up the updates of one optimizer step for a list of tensors, from the optimizer's state after the step.
 
     With dw as the rules say it (:class:`lipcore.functional.update_rules.UpdateRule`) and w the tensors as they are now,
-    the columns of the result are those of :func:`trajectory_step`: :math:`\sum dw^2`, 0, 0, :math:`\max |dw|`,
-    :math:`\sum w^2` and the number of elements where w or dw is not finite; distance and Welford increment are 0,
-    because nothing is remembered. A tensor with such an element gets a row of NaN with their number; the other tensors
+    the columns of the result are those of :func:`trajectory_step`: :math:`\sum dw^2`, 0, :math:`\max |dw|`,
+    :math:`\sum w^2` and the number of elements where w or dw is not finite; the Welford increment is 0, because nothing
+    is remembered. A tensor with such an element gets a row of NaN with their number; the other tensors
     are unaffected. Nothing is written.
 
     The squares say more of every tensor, NaN where it is not known:
@@ -58,7 +58,7 @@ def update_sums(
         previous: the parameters before the step, for the last of the squares; one more stream that is read.
 
     Returns:
-        float64 [n, 6], and the squares, float64 [5, n].
+        float64 [n, 5], and the squares, float64 [5, n].
 
     Raises:
         TypeError, ValueError: an argument lipcore cannot use, or lists that do not belong together.

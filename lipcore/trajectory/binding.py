@@ -61,7 +61,7 @@ class Bound(Metric):
 
     name = "trajectory"
     counts_samples = False
-    _version = 3
+    _version = 4
 
     def __init__(
         self,

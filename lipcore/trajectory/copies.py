@@ -20,7 +20,7 @@ def squared_distances(ones: list[Tensor], others: list[Tensor]) -> Tensor:
 
 
 def mean_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which the mean of a tensor is kept."""
+    """Return the dtype in which it is kept how far a tensor lies from its mean."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -40,10 +40,10 @@ class Copies:
     """Previous values, reference point and running mean of every tensor: one flat allocation per kind and dtype, so
     that only the tensors themselves are scattered.
 
-    The mean is that of the offset from the reference, over the open block of at most 512 steps; `earlier` holds the
-    mean over the window's blocks before it, in float64: a float32 one would lose 8e-6 of the variance by rounding in
-    1e6 drifting steps. `m2` and `earlier_m2` are sums of squared deviations per element, where
-    they were asked for.
+    Of the mean over the open block, of at most 512 steps, `deviation` says how far the previous values lie from it: a
+    step needs no more, and reads no reference. `earlier` holds the mean of the offset from the reference over the
+    window's blocks before it, in float64: a float32 one would lose 8e-6 of the variance by rounding in 1e6 drifting
+    steps. `m2` and `earlier_m2` are sums of squared deviations per element, where they were asked for.
     """
 
     def __init__(self, tensors: list[Tensor], *, per_element: bool) -> None:
@@ -57,7 +57,7 @@ class Copies:
             self._offsets.append(self._sizes.get(tensor.dtype, 0))
             self._sizes[tensor.dtype] = self._offsets[-1] + -(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT
         self.prev, self.ref = self._allocate(lambda dtype: dtype), self._allocate(lambda dtype: dtype)
-        self.mean = self._allocate(mean_dtype)
+        self.deviation = self._allocate(mean_dtype)
         self.per_element = per_element
         self.m2 = self._allocate(mean_dtype) if per_element else []
         self.earlier: list[Tensor] = []  # made when a window outgrows its first block
@@ -86,14 +86,23 @@ class Copies:
 
     def take_earlier(self) -> tuple[list[Tensor], list[Tensor]]:
         """Hand over the earlier blocks' means (and per-element sums), and start new ones."""
-        means = [earlier.to(mean.dtype) for earlier, mean in zip(self.earlier, self.mean, strict=False)]
+        means = [earlier.to(each.dtype) for earlier, each in zip(self.earlier, self.deviation, strict=False)]
         taken = means, self.earlier_m2
         self.earlier, self.earlier_m2 = [], []
         return taken
 
-    def entry(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def entry(self, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the copies of tensor i that a compiled plan writes to."""
-        return self.prev[i], self.ref[i], self.mean[i], self.m2[i] if self.per_element else None
+        return self.prev[i], self.deviation[i], self.m2[i] if self.per_element else None
+
+    def mean(self, i: int) -> Tensor:
+        """Return the mean of tensor i's offset from the reference over the open block, in float64."""
+        return (self.prev[i].double() - self.ref[i].double()).sub_(self.deviation[i])
+
+    def jump(self, i: int, values: Tensor) -> None:
+        """Let the next step of tensor i start from these values; the mean of the points stays where it is."""
+        self.deviation[i].add_((values.double() - self.prev[i].double()).to(self.deviation[i].dtype))
+        self.prev[i].copy_(values)
 
     def fold(self, points: Tensor, folded: Tensor) -> Tensor:
         """Merge the open block's means into those of the earlier blocks; how far apart they were, squared, per tensor.
@@ -101,11 +110,11 @@ class Copies:
         self.make_earlier()
         share = points / (points + folded).clamp(min=1)
         for i in range(len(self.m2)):
-            weight = share[i].to(self.mean[i].dtype)
-            apart = (self.mean[i] - self.earlier[i].to(weight)).square_().mul_(folded[i].to(weight) * weight)
+            weight = share[i].to(self.m2[i].dtype)
+            apart = (self.mean(i) - self.earlier[i]).to(weight).square_().mul_(folded[i].to(weight) * weight)
             self.earlier_m2[i].add_(apart).add_(torch.where(points[i] > 0, self.m2[i], torch.zeros_like(weight)))
         gap_sq = torch.empty_like(share)
-        _core.fold_means(self.mean, self.earlier, share, gap_sq)
+        _core.fold_means(self.prev, self.ref, self.deviation, self.earlier, share, gap_sq)
         return gap_sq
 
     def shift(self, means: list[Tensor], reference: list[Tensor]) -> None:
@@ -117,6 +126,6 @@ class Copies:
 
     def state(self, i: int) -> dict[str, Tensor]:
         """Return tensor i's copies by kind."""
-        kinds = {"prev": self.prev, "ref": self.ref, "mean": self.mean, "m2": self.m2}
+        kinds = {"prev": self.prev, "ref": self.ref, "deviation": self.deviation, "m2": self.m2}
         kinds |= {"earlier": self.earlier, "earlier_m2": self.earlier_m2}
         return {kind: tensors[i] for kind, tensors in kinds.items() if tensors}

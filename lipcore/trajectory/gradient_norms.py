@@ -207,7 +207,7 @@ class Gradients:
         if isinstance(scale, Tensor) or scale != 1.0:
             square = _square_of(scale, out)
             out[:, 0] /= square
-            out[:, 4] /= square
+            out[:, 3] /= square
         return out
 
     def describe(self, result: MetricResult, wanted: frozenset[str]) -> None:

@@ -44,8 +44,8 @@ class Trajectory(Stepped):
 
     The norm of a group is that of its parameters taken together. A parameter with NaN or infinite elements is left out
     of that step and counted, and those elements stand still: they count as what they last were, in the variance of that
-    step as in the next update. Nothing is divided by a learning rate. The loss reduction matters only as far as it
-    changes the updates.
+    step, in the distance and in the next update. Nothing is divided by a learning rate. The loss reduction matters only
+    as far as it changes the updates.
 
     `mode` chooses what is kept of the parameters, and :meth:`plan` says how many bytes that takes:
 

@@ -197,7 +197,7 @@ def _is_finite(tensor: Tensor) -> bool:
         return bool(tensor.isfinite().all())
     sums = torch.empty(1, _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
     _core.square_sums([tensor], sums)
-    return bool(sums[0, 5] == 0) if sums[0, 0].isfinite() else bool(tensor.isfinite().all())
+    return bool(sums[0, 4] == 0) if sums[0, 0].isfinite() else bool(tensor.isfinite().all())
 
 
 def values_of(source: nn.Module | Mapping[str, Any], watched: list[WatchedParameter], argument: str) -> list[Tensor]:

@@ -46,15 +46,15 @@ def split(state: State, watched: Sequence[WatchedParameter]) -> tuple[State, Sta
     for parameter in watched:
         name = parameter.name
         own = dict(exact["tensors"][name])
-        mean = own["mean"]
-        own.setdefault("earlier", torch.zeros_like(mean, dtype=torch.float64))
+        like = own["deviation"]
+        own.setdefault("earlier", torch.zeros_like(like, dtype=torch.float64))
         per_element = "m2" in own
         if per_element:
-            own.setdefault("earlier_m2", torch.zeros_like(mean))
+            own.setdefault("earlier_m2", torch.zeros_like(like))
         for i in range(blocks):
-            own[f"closed{i}"] = closed[i]["means"][name] if i < len(closed) else torch.zeros_like(mean)
+            own[f"closed{i}"] = closed[i]["means"][name] if i < len(closed) else torch.zeros_like(like)
             if per_element:
-                own[f"closed{i}_m2"] = closed[i]["m2"][name] if i < len(closed) else torch.zeros_like(mean)
+                own[f"closed{i}_m2"] = closed[i]["m2"][name] if i < len(closed) else torch.zeros_like(like)
         whole = parameter.owner[parameter.key]
         if not hasattr(whole, "placements"):
             whole_ones[name] = own
@@ -75,7 +75,7 @@ def joined(tensors: Mapping[str, Any], rest: State) -> State:
     earlier, bits = exact.pop("earlier", False), exact.pop("bits", {})
     local = {name: {kind: local_of(tensor) for kind, tensor in kinds.items()} for name, kinds in tensors.items()}
     for name, own in local.items():
-        if missing := sorted({"prev", "ref", "mean", "earlier"} - own.keys()):
+        if missing := sorted({"prev", "ref", "deviation", "earlier"} - own.keys()):
             raise ValueError(f"copies: {missing[0]!r} is missing for parameter '{name}'")
         _check_copies(name, own)
     here = _bits({name: local[name] for name in bits if name in local})
@@ -83,7 +83,7 @@ def joined(tensors: Mapping[str, Any], rest: State) -> State:
         for kind, mine, theirs in zip(("prev", "ref"), own_bits, bits[name], strict=True):
             if mine != theirs:
                 raise ValueError(_OTHER_VALUES.format(name, kind))
-    kinds = ["prev", "ref", "mean", "m2", *(["earlier", "earlier_m2"] if earlier else [])]
+    kinds = ["prev", "ref", "deviation", "m2", *(["earlier", "earlier_m2"] if earlier else [])]
     exact["tensors"] = {name: {k: own[k] for k in kinds if k in own} for name, own in local.items()}
     exact["closed"] = [
         {
@@ -103,11 +103,11 @@ def _check_copies(name: str, own: Mapping[str, Any]) -> None:
         if why:
             raise ValueError(f"copies.{name}.{kind}: {why}")
     for kind, tensor in own.items():
-        like = own["prev" if kind == "ref" else "mean"].dtype
+        like = own["prev" if kind == "ref" else "deviation"].dtype
         fits = kind == "prev" or tensor.dtype == like or (kind != "ref" and tensor.dtype == torch.float64)
         if not fits or tensor.shape != own["prev"].shape:
             raise ValueError(
-                f"copies.{name}.{kind}: expected {like} {list(own['prev'].shape)}, as prev and mean have, got "
+                f"copies.{name}.{kind}: expected {like} {list(own['prev'].shape)}, as prev and deviation have, got "
                 f"{tensor.dtype} {list(tensor.shape)}"
             )
 
@@ -142,7 +142,7 @@ def shares_of(built: Built, watched: Sequence[WatchedParameter], place: Place, b
     of_gradients = {name: found.recent.of_tensors(steps) for name, found in built.of_gradients.items()}
     if single is None or any(found is None for found in of_gradients.values()):
         return {"gone": f"the open window has {steps} steps, of which the ring (Trajectory(ring=)) does not have all"}
-    sums = ShardSums.of_rows(tracker.table.rows[: len(watched)].cpu(), single, 0)
+    sums = ShardSums.of_rows(tracker.measured()[: len(watched)].cpu(), single, 0)
     for stage, squares in of_gradients.items():
         assert squares is not None
         sums.gradients[stage] = squares[:, :, 0].contiguous()

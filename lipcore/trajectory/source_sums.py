@@ -14,7 +14,7 @@ from lipcore.trajectory.closed_forms import Move
 from lipcore.trajectory.parameters import local_shard
 
 Parameter = tuple[str, dict[str, Any], str]  #: name, owner's dict, key: looked up at every step
-Sums = tuple[Tensor, Tensor]  #: rows, float64 [n, 6], and squares, float64 [5, n]
+Sums = tuple[Tensor, Tensor]  #: rows, float64 [n, 5], and squares, float64 [5, n]
 
 
 def look_up(parameters: Sequence[Parameter]) -> list[Tensor]:

@@ -204,8 +204,9 @@ class Stepped(Saved):
         """Measure distance, and path length since the reference, from another point: from now, from another model's
         parameters, or from those in a state_dict.
 
-        Offsets are kept in float32 from the reference: the variance of a trajectory that stays x standard deviations
-        away from it has a relative error of about 1e-7 x.
+        The variance is not touched by how far the reference is; but a sliding window keeps the means of its closed
+        blocks in float32, as offsets from the reference: that of a trajectory which stays x standard deviations away
+        has a relative error of about 1e-7 x there.
 
         Raises:
             ValueError: in mode "updates"; or a parameter is missing there, of another shape or not finite.

@@ -52,7 +52,7 @@ class Tracker(TrackerBase):
         self.count_replays()
         self.recent.flush(self.seen)
         state: dict[str, Any] = {
-            "rows": self.table.rows.clone(),
+            "rows": self.measured().clone(),
             "cursor": self.table.cursor.clone(),
             "settled": self._settled,
             "open_steps": self.open_steps,
@@ -128,15 +128,15 @@ class Tracker(TrackerBase):
             kinds.pop("earlier", None)
             kinds.pop("earlier_m2", None)
             if has_earlier:
-                kinds["earlier"] = kinds["mean"].double()
+                kinds["earlier"] = kinds["deviation"].double()
                 if self.copies.per_element:
-                    kinds["earlier_m2"] = kinds["mean"]
+                    kinds["earlier_m2"] = kinds["deviation"]
         check_like("tensors", theirs, mine)
         return has_earlier
 
     def _loaded_block(self, path: str, state: Any) -> Block:
         names = [parameter.name for parameter in self.watched]
-        means = dict(zip(names, self.copies.mean, strict=True)) if self.copies else {}
+        means = dict(zip(names, self.copies.deviation, strict=True)) if self.copies else {}  # of their kind
         like = {"rows": self.table.rows, "means": means}
         like["m2"] = means if self.copies and self.copies.per_element else {}
         given = {k: v for k, v in state.items() if k != "distributions"} if isinstance(state, dict) else state
@@ -202,7 +202,6 @@ class Tracker(TrackerBase):
             rows[:, WINDOW_COLUMNS : WINDOW_COLUMNS + 2] += before
         if self.copies:
             rows[:, M2] += added
-            self._measure_distance()
         for into, distribution in zip(self.recent.distributions, other.recent.distributions, strict=True):
             into.merge(distribution)
         self._append_recent(other)

@@ -127,7 +127,7 @@ class TrackerBase:
             check.drop()  # a step that is refused lets go of gradients and states too
 
     def observe(self, sums: Tensor) -> bool:
-        """Count a step from sums made elsewhere, float64 [tensors, 6] as `trajectory_step` returns them; True when
+        """Count a step from sums made elsewhere, float64 [tensors, 5] as `trajectory_step` returns them; True when
         settle() is due."""
         self.table.core.observe(sums)
         self._captured = self._captured or is_capturing(sums)
@@ -215,13 +215,21 @@ class TrackerBase:
         self.settle()
         self.recent.flush(self._settled)
         means, m2 = self.copies.take_earlier() if self.copies else ([], [])
-        self.closed.append(Block(self.table.rows.clone(), means, m2, self.recent.take_distributions()))
+        self.closed.append(Block(self.measured().clone(), means, m2, self.recent.take_distributions()))
         self.table.rows[:, :WINDOW_COLUMNS] = 0
         self.table.rows[:, POINTS] = _core.CONTINUES
 
+    def measured(self) -> Tensor:
+        """Return the open block's rows, with the distances from the reference as they are now, which no step measures.
+        Elements that are not finite count as what they last were. Nothing waits for a device."""
+        if self.copies:
+            squares = squared_distances(self.copies.prev, self.copies.ref)
+            self.table.rows[:, COLUMN["distance"]] = self.table.with_groups(squares).sqrt()
+        return self.table.rows
+
     def window_rows(self) -> Tensor:
-        """Return the rows of the whole window; changes nothing."""
-        rows = self.table.rows.clone()
+        """Return the rows of the whole window."""
+        rows = self.measured().clone()
         for block in reversed(self.closed):
             rows = merge_rows(block.rows, rows)
         if self.copies and (self.closed or self.copies.earlier):
@@ -261,19 +269,22 @@ class TrackerBase:
         kept), and the mean. One tensor's at a time, so that memory stays bounded."""
         assert self.copies
         row, added = self.table.rows[i], self.table.rows.new_zeros(())
-        blocks = [(points_of(b.rows[i : i + 1])[0], b.means[i], b.m2[i] if b.m2 else None) for b in self.closed]
+        blocks = [
+            (points_of(b.rows[i : i + 1])[0], b.means[i].double(), b.m2[i] if b.m2 else None) for b in self.closed
+        ]
         if self.copies.earlier:
             m2 = self.copies.earlier_m2[i] if self.copies.per_element else None
-            blocks.append((row[FOLDED], self.copies.earlier[i].to(self.copies.mean[i].dtype), m2))
+            blocks.append((row[FOLDED], self.copies.earlier[i], m2))
         open_points = row[POINTS].clamp(min=0)
         open_m2 = self.copies.m2[i] * (open_points > 0) if self.copies.per_element else None
-        blocks.append((open_points, self.copies.mean[i], open_m2))
+        blocks.append((open_points, self.copies.mean(i), open_m2))
         points, mean, elements = blocks[0]
         for other_points, other, other_elements in blocks[1:]:
             added = added + between(points, other_points, squared_distances([mean], [other])[0])
-            share = (other_points / (points + other_points).clamp(min=1)).to(mean.dtype)
+            share = other_points / (points + other_points).clamp(min=1)
             if elements is not None and other_elements is not None:
-                elements = elements + other_elements + (other - mean).square_().mul_(points.to(mean.dtype) * share)
+                apart = (other - mean).square_().mul_(points * share)
+                elements = elements + other_elements + apart.to(elements.dtype)
             mean = torch.lerp(mean, other, share)
             points = points + other_points
         return added, elements, mean
@@ -289,7 +300,7 @@ class TrackerBase:
         return whether that changed any."""
         jumped = False
         if self.copies:
-            for parameter, prev in zip(self.watched, self.copies.prev, strict=True):
+            for i, (parameter, prev) in enumerate(zip(self.watched, self.copies.prev, strict=True)):
                 if (
                     not parameter.there
                     or parameter.tensor.shape != prev.shape
@@ -299,21 +310,20 @@ class TrackerBase:
                 values = parameter.tensor.detach()
                 jumped |= not torch.equal(values, prev)
                 # Of values that are not finite the difference never would be either.
-                prev.copy_(torch.where(values.isfinite().all(), values, prev))
+                self.copies.jump(i, torch.where(values.isfinite().all(), values, prev))
         return jumped
 
     def set_reference(self, reference: list[Tensor]) -> None:
         """Measure distances, and the path since the reference, from these values."""
         assert self.copies
         copies, rows = self.copies, self.table.rows
-        for means in (copies.mean, copies.earlier, *(block.means for block in self.closed)):
+        for means in (copies.earlier, *(block.means for block in self.closed)):
             if means:
                 copies.shift(means, reference)
         for mine, new in zip(copies.ref, reference, strict=True):
             mine.copy_(new)
         rows[:, COLUMN["total_steps"]] = 0
         rows[:, COLUMN["total_path"]] = 0
-        self._measure_distance()
 
     def inherit(self, before: TrackerBase) -> None:
         """Go on after a change of the model: in every row that was there, the path since the reference goes on, and so
@@ -336,21 +346,14 @@ class TrackerBase:
             if j is None or before.copies.ref[j].shape != parameter.tensor.shape:
                 continue
             self.copies.ref[i].copy_(before.copies.ref[j])
-        self._measure_distance()
 
     def forget_path(self) -> None:
         """Say that the path of all tensors together since the reference is not known, until there is another one."""
         self.table.rows[-1, COLUMN["total_path"]] = torch.nan
 
     def measure(self) -> None:
-        """Take the norms of the weights, and their distances from the reference, from the copies as they are."""
+        """Take the norms of the weights from the copies as they are."""
         assert self.copies
         nothing: list[Tensor] = [torch.zeros_like(prev) for prev in self.copies.prev]
         squares = squared_distances(self.copies.prev, nothing)
         self.table.rows[:, COLUMN["weight"]] = self.table.with_groups(squares).sqrt()
-        self._measure_distance()
-
-    def _measure_distance(self) -> None:
-        assert self.copies
-        squares = squared_distances(self.copies.prev, self.copies.ref)
-        self.table.rows[:, COLUMN["distance"]] = self.table.with_groups(squares).sqrt()

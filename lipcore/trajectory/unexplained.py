@@ -172,7 +172,7 @@ class Unexplained:
             self._scores.fill_(torch.nan)
         if sums is not None and self._sources:
             rows, squares = sums
-            sizes = rows[:, 0] + rows[:, 4]
+            sizes = rows[:, 0] + rows[:, 3]
             for mix in self._sources[self._turn].mixes():
                 sizes = sizes + squares[MOMENTUM].nan_to_num(0) * mix**2  # Nesterov's two terms may cancel
             found = torch.stack([squares[UNEXPLAINED], self._units_sq[self._turn] * sizes], dim=1)

@@ -276,21 +276,21 @@ def misfits() -> list[Any]:
     ]
     for op in ("trajectory_step", "core.trajectory_step"):
         rows += [
-            (op, "out", torch.zeros(2, 5, dtype=f64), r"\[2, 6\].*\[2, 5\]"),
-            (op, "out", torch.zeros(3, 6, dtype=f64), r"\[2, 6\].*\[3, 6\]"),
-            (op, "out", torch.zeros(12, dtype=f64), r"\[2, 6\].*\[12\]"),
-            (op, "out", torch.zeros(2, 6), "float64.*float32"),
-            (op, "out", torch.zeros(6, 2, dtype=f64).t(), "contiguous"),
-            (op, "out", torch.zeros(4, 6, dtype=f64)[::2], "dense"),
-            (op, "out", torch.zeros(1, 6, dtype=f64).expand(2, 6), "dense"),
+            (op, "out", torch.zeros(2, 6, dtype=f64), r"\[2, 5\].*\[2, 6\]"),
+            (op, "out", torch.zeros(3, 5, dtype=f64), r"\[2, 5\].*\[3, 5\]"),
+            (op, "out", torch.zeros(10, dtype=f64), r"\[2, 5\].*\[10\]"),
+            (op, "out", torch.zeros(2, 5), "float64.*float32"),
+            (op, "out", torch.zeros(5, 2, dtype=f64).t(), "contiguous"),
+            (op, "out", torch.zeros(4, 5, dtype=f64)[::2], "dense"),
+            (op, "out", torch.zeros(1, 5, dtype=f64).expand(2, 5), "dense"),
         ]
-        for state in ("prev", "mean"):
+        for state in ("prev", "deviation"):
             rows += [
                 (op, f"{state}[0]", torch.zeros(4, 12)[:, ::2], "dense"),
                 (op, f"{state}[0]", torch.zeros(1).expand(4, 6), "dense"),
                 (op, f"{state}[1]", torch.zeros(1).expand(5), "dense"),
             ]
-        for name in ("prev", "ref", "mean"):
+        for name in ("prev", "deviation"):
             rows += [
                 (op, name, [torch.zeros(4, 6)], "2 tensors.*got 1"),
                 (op, name, [], "2 tensors.*got 0"),
@@ -312,9 +312,9 @@ def misfits() -> list[Any]:
     rows += [
         ("core.update_sums", "params[0]", torch.zeros(4, 12)[:, ::2], "dense"),
         ("core.update_sums", "first[0]", torch.zeros(6, 4).t(), "layout"),
-        ("core.update_sums", "rows", torch.zeros(2, 5, dtype=f64), r"\[2, 6\].*\[2, 5\]"),
-        ("core.update_sums", "rows", torch.zeros(2, 6), "float64.*float32"),
-        ("core.update_sums", "rows", torch.zeros(6, 2, dtype=f64).t(), "contiguous"),
+        ("core.update_sums", "rows", torch.zeros(2, 6, dtype=f64), r"\[2, 5\].*\[2, 6\]"),
+        ("core.update_sums", "rows", torch.zeros(2, 5), "float64.*float32"),
+        ("core.update_sums", "rows", torch.zeros(5, 2, dtype=f64).t(), "contiguous"),
         ("core.update_sums", "squares", torch.zeros(5, 3, dtype=f64), r"\[5, 2\].*\[5, 3\]"),
         ("core.update_sums", "squares", torch.zeros(5, 2), "float64.*float32"),
     ]
@@ -357,51 +357,47 @@ def overlaps() -> dict[str, Callable[[dict[str, Any]], tuple[str, Any]]]:
         return torch.empty(0, dtype=dtype).set_(tensor.untyped_storage())[begin : begin + count]
 
     def out_in(name: str, begin: int) -> Callable[[dict[str, Any]], tuple[str, Any]]:
-        return lambda a: ("out", inside(a[name][0], begin, 12, f64).view(2, 6))
+        return lambda a: ("out", inside(a[name][0], begin, 10, f64).view(2, 5))
 
     return {
-        "prev_is_mean": lambda a: ("prev[0]", a["mean"][0]),
-        "mean_is_prev": lambda a: ("mean[1]", a["prev"][1]),
+        "prev_is_deviation": lambda a: ("prev[0]", a["deviation"][0]),
+        "deviation_is_prev": lambda a: ("deviation[1]", a["prev"][1]),
         "prev_is_params": lambda a: ("prev[0]", a["params"][0]),
-        "prev_is_ref": lambda a: ("prev[0]", a["ref"][0]),
-        "mean_is_params": lambda a: ("mean[0]", a["params"][0]),
-        "mean_is_ref": lambda a: ("mean[1]", a["ref"][1]),
+        "deviation_is_params": lambda a: ("deviation[0]", a["params"][0]),
         "prev_is_a_parameter's_data": lambda a: ("prev[0]", a["params"][0].data),
         "prev_is_transposed_params": lambda a: ("prev[0]", a["params"][0].t()),
-        "mean_is_transposed_params": lambda a: ("mean[0]", a["params"][0].t()),
-        "prev_is_transposed_ref": lambda a: ("prev[0]", a["ref"][0].t()),
-        "mean_is_transposed_prev": lambda a: ("mean[0]", a["prev"][0].t()),
+        "deviation_is_transposed_params": lambda a: ("deviation[0]", a["params"][0].t()),
+        "deviation_is_transposed_prev": lambda a: ("deviation[0]", a["prev"][0].t()),
         "prev_overlaps_params_by_a_row": lambda a: ("prev[0]", beside(a)),
         "prev_in_another_of_params": lambda a: ("prev[1]", inside(a["params"][0], 31, 5, f32)),
         "prev_in_another_of_prev": lambda a: ("prev[1]", inside(a["prev"][0], 0, 5, f32)),
         "out_in_params": out_in("params", 0),
         "out_in_prev": out_in("prev", 3),
-        "out_in_ref": out_in("ref", 6),
-        "out_in_mean": out_in("mean", 5),
+        "out_in_deviation": out_in("deviation", 5),
     }
 
 
 def square_arguments() -> dict[str, Any]:
     shapes = [(6, 6), (5,)]
-    lists = {n: [values(s, f32, i) for s in shapes] for i, n in enumerate(("params", "prev", "ref", "mean"))}
-    return lists | {"count": 2, "out": torch.zeros(2, 6, dtype=f64)}
+    lists = {n: [values(s, f32, i) for s in shapes] for i, n in enumerate(("params", "prev", "deviation"))}
+    return lists | {"count": 2, "out": torch.zeros(2, 5, dtype=f64)}
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "state_transposed"])
 @pytest.mark.parametrize("overlap", overlaps())
 @pytest.mark.parametrize("op", [op for op in OPS if op.name.endswith("trajectory_step")], ids=lambda op: op.name)
 def test_overlap_in_a_step(op, overlap, transposed):
-    """Also where the layouts differ, so that params and ref are copied before the core sees them."""
+    """Also where the layouts differ, so that params are copied before the core sees them."""
     good = square_arguments()
     if transposed:
-        for name in ("prev", "mean"):
+        for name in ("prev", "deviation"):
             good[name][0] = good[name][0].t().contiguous().t()
     slot, value = overlaps()[overlap](good)
     bad = put(good, slot, value)
     before = snapshot(bad)
     with pytest.raises(ValueError, match=r"memory|layout") as caught:
         op.call(bad)
-    assert str(caught.value).split("[")[0].split(":")[0] in ("prev", "mean", "out", "params", "ref")
+    assert str(caught.value).split("[")[0].split(":")[0] in ("prev", "deviation", "out", "params")
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(bad), strict=True))
 
 
@@ -411,7 +407,7 @@ def test_results_of_update_sums_inside_an_argument(result, name):
     good = next(op for op in OPS if op.name == "core.update_sums").arguments()
     memory = torch.zeros(24, dtype=f64)
     good[name][0] = memory.view(f32)[24:].view(4, 6)
-    inside = memory[12:].view(2, 6) if result == "rows" else memory[14:].view(5, 2)
+    inside = memory[14:].view(2, 5) if result == "rows" else memory[14:].view(5, 2)
     with pytest.raises(ValueError, match=rf"^{result}: .*memory with {name}\[0\]"):
         next(op for op in OPS if op.name == "core.update_sums").call(good | {result: inside})
 
@@ -429,7 +425,7 @@ def test_out_inside_x(dtype, where):
     assert torch.equal(bits(memory), before)
 
 
-@pytest.mark.parametrize("slot", ["out", "prev[0]", "mean[1]"])
+@pytest.mark.parametrize("slot", ["out", "prev[0]", "deviation[1]"])
 def test_state_with_the_negative_bit(slot):
     """Writing through the flag would flip every sign."""
     op = next(o for o in OPS if o.name == "trajectory_step")

@@ -26,9 +26,9 @@ def test_steps_of_sums(tensors: int, groups: int) -> None:
         ledgers.append(_core.Ledger(*tables[-1], tensors))
     for step in range(5):
         sums = torch.rand(tensors, _core.STEP_COLUMNS, dtype=torch.float64)
-        sums[:, 5] = 0
+        sums[:, 4] = 0
         if step % 2:
-            sums[step % tensors, :5], sums[step % tensors, 5] = math.nan, 3
+            sums[step % tensors, :4], sums[step % tensors, 4] = math.nan, 3
         for ledger, device in zip(ledgers, ("cpu", "cuda"), strict=True):
             ledger.observe(sums.to(device))
         (rows, recent, cursor), (there, recent_there, cursor_there) = tables

@@ -130,10 +130,8 @@ def _float64(*shape: int) -> Tensor:
 
 def _step_arguments() -> dict[str, Any]:
     shapes = [(4, 6), (5,)]
-    lists = {
-        name: [values(s, torch.float32, seed) for s in shapes] for seed, name in enumerate(("params", "prev", "ref"))
-    }
-    return lists | {"mean": [torch.zeros(s) for s in shapes], "count": 2, "out": _float64(2, 6)}
+    lists = {name: [values(s, torch.float32, seed) for s in shapes] for seed, name in enumerate(("params", "prev"))}
+    return lists | {"deviation": [torch.zeros(s) for s in shapes], "count": 2, "out": _float64(2, 5)}
 
 
 def _update_arguments() -> dict[str, Any]:
@@ -143,7 +141,7 @@ def _update_arguments() -> dict[str, Any]:
     }
     rules = [UpdateRule(0.1, eps=1e-8, adaptive=True), UpdateRule(0.1, 0.09)]
     asked = {n: [values(s, torch.float32, i) for s in shapes] for i, n in enumerate(("gradients", "previous"))}
-    return lists | asked | {"rules": rules, "rows": _float64(2, 6), "squares": _float64(5, 2)}
+    return lists | asked | {"rules": rules, "rows": _float64(2, 5), "squares": _float64(5, 2)}
 
 
 def _update_sums_of_core(a: dict[str, Any]) -> None:
@@ -152,7 +150,7 @@ def _update_sums_of_core(a: dict[str, Any]) -> None:
 
 
 def _step_of_core(a: dict[str, Any]) -> None:
-    _core.trajectory_step(a["params"], a["prev"], a["ref"], a["mean"], a["count"], a["out"])
+    _core.trajectory_step(a["params"], a["prev"], a["deviation"], a["count"], a["out"])
 
 
 def _step_of_trajectory(a: dict[str, Any]) -> None:
@@ -214,9 +212,9 @@ OPS = [
     Op(
         "trajectory_step",
         _step_arguments,
-        lambda a: F.trajectory_step(a["params"], a["prev"], a["ref"], a["mean"], a["count"], out=a["out"]),
+        lambda a: F.trajectory_step(a["params"], a["prev"], a["deviation"], a["count"], out=a["out"]),
         tensors=("out",),
-        lists=("params", "prev", "ref", "mean"),
+        lists=("params", "prev", "deviation"),
         optional=("out",),
         state=("prev[0]", "prev[1]", "mean[0]", "mean[1]", "out"),
     ),
@@ -322,7 +320,7 @@ OPS = [
         _step_arguments,
         _step_of_core,
         tensors=("out",),
-        lists=("params", "prev", "ref", "mean"),
+        lists=("params", "prev", "deviation"),
         full_check=False,
     ),
     Op(

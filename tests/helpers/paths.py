@@ -77,7 +77,7 @@ class Path:
         counted = norms.isfinite()
         in_window = counted & (torch.arange(len(norms)) >= start)
         last = int(counted.nonzero()[-1])
-        distance = torch.cat([points[last + 1][n] - reference[n] for n in names if finite[n][last]]).norm()
+        distance = torch.cat([values[n][-1] - reference[n] for n in names]).norm()
         cumulative = norms[since:][counted[since:]].sum()
         windows = [self.window_of(name, points, start, from_start) for name in names]
         m2 = sum((w - w.mean(dim=0)).square().sum() for w in windows)

@@ -55,12 +55,12 @@ class Variance:
 
     def __init__(self, bias: Tensor) -> None:
         self.bias = bias
-        self.state = [[bias.detach().clone()], [bias.detach().clone()], [torch.zeros_like(bias)]]
+        self.state = [[bias.detach().clone()], [torch.zeros_like(bias)]]
         self.count, self.squares = 0, 0.0
 
     def observe(self) -> None:
         self.count += 1
-        self.squares += functional.trajectory_step([self.bias], *self.state, count=self.count)[0, 2].item()
+        self.squares += functional.trajectory_step([self.bias], *self.state, count=self.count)[0, 1].item()
 
     def close(self) -> float:
         value = self.squares / self.count

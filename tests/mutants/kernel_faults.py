@@ -822,14 +822,14 @@ KERNEL_MUTANTS = (
         "{ return sum + a * b; }",
         "{ return __fma_rn(a, b, sum); }",
         _PLAN,
-        equivalent="a last bit of a sum, within its tolerance: the CPU's bits are promised of w_prev and mean",
+        equivalent="a last bit of a sum, within its tolerance: the CPU's bits are promised of w_prev and deviation",
     ),
     # ---- the trajectory step
     KernelMutant(
         "the step reads an element behind the last one",
         "csrc/cuda/trajectory_step.cu",
-        "  if (rest < count) {\n    auto old_mean",
-        "  if (rest <= count) {\n    auto old_mean",
+        "  if (rest < count) {\n    auto own",
+        "  if (rest <= count) {\n    auto own",
         _STEP,
     ),
     KernelMutant(
@@ -868,9 +868,9 @@ KERNEL_MUTANTS = (
         _STEP,
     ),
     KernelMutant(
-        "the mean of the last elements is kept",
+        "the deviation of the last elements is kept",
         "csrc/cuda/trajectory_step.cu",
-        "    mean[rest] = old_mean;\n",
+        "    deviation[rest] = own;\n",
         "",
         _STEP,
     ),
@@ -884,8 +884,8 @@ KERNEL_MUTANTS = (
     KernelMutant(
         "the mean of a new block starts from the old one",
         "csrc/cuda/trajectory_step.cu",
-        "restart ? before - origin : *mean, inv_count);",
-        "*mean, inv_count);",
+        "restart ? typename E::Work{0} : *deviation, share);",
+        "*deviation, share);",
         _PLAN,
     ),
     KernelMutant(

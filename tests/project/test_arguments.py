@@ -120,7 +120,7 @@ def slice_of(**integer: Any) -> Any:
 
 def step_of(count: Any) -> Any:
     w = [torch.ones(2)]
-    return F.trajectory_step(w, [torch.zeros(2)], [torch.zeros(2)], [torch.zeros(2)], count=count)
+    return F.trajectory_step(w, [torch.zeros(2)], [torch.zeros(2)], count=count)
 
 
 #: How a value is passed, and the least integer that is taken.

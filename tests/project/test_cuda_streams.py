@@ -67,7 +67,7 @@ def _observed(a: dict[str, Any]) -> Any:
 _PAIR = {"x": lambda: _f(3, 70, 33), "grad": lambda: _f(3, 70, 20, seed=1)}
 _LISTS: dict[str, Callable[[], Any]] = {
     name: lambda seed=seed: [_f(LONG, seed=seed), _f(7, seed=seed)]  # type: ignore[misc]
-    for seed, name in enumerate(("params", "prev", "ref", "mean"))
+    for seed, name in enumerate(("params", "prev", "deviation"))
 }
 
 
@@ -110,7 +110,7 @@ CASES = {
         lambda: {"ids": torch.arange(3 * 70).reshape(3, 70) % 17, "grad": _f(3, 70, 33)},
         lambda a: F.embedding_norms_sq(a["ids"], a["grad"]),
     ),
-    "trajectory_step": Case(_made(_LISTS), lambda a: F.trajectory_step(a["params"], a["prev"], a["ref"], a["mean"], 2)),
+    "trajectory_step": Case(_made(_LISTS), lambda a: F.trajectory_step(a["params"], a["prev"], a["deviation"], 2)),
     "a trajectory's steps": Case(lambda: {"w": _f(LONG), "step": 0.01 * _f(LONG, seed=1)}, _steps),
     "sketch": Case(lambda: {"x": [_f(LONG), _f(7)]}, lambda a: F.sketch(a["x"], [0, LONG], buckets=4096, seed=1)),
     "square_sums": Case(
@@ -123,12 +123,19 @@ CASES = {
     ),
     "fold_means": Case(
         lambda: {
-            "means": [_f(LONG), _f(7)],
+            "last": [_f(LONG), _f(7)],
+            "reference": [_f(LONG, seed=2), _f(7, seed=2)],
+            "deviation": [_f(LONG, seed=3), _f(7, seed=3)],
             "earlier": [_f(LONG, seed=1).double(), _f(7, seed=1).double()],
             "share": torch.tensor([0.5, 0.25], dtype=torch.float64),
             "gaps": _empty(2),
         },
-        _written("gaps", lambda a: _core.fold_means(a["means"], a["earlier"], a["share"], a["gaps"])),
+        _written(
+            "gaps",
+            lambda a: _core.fold_means(
+                *(a[name] for name in ("last", "reference", "deviation", "earlier", "share", "gaps"))
+            ),
+        ),
     ),
     "tensor_stats": Case(lambda: {"x": [_f(LONG), _f(7)]}, lambda a: F.tensor_stats(a["x"])[0]),
     "distributions": Case(lambda: {"values": _f(LONG).double()}, _observed),

@@ -68,16 +68,16 @@ SIZES = (1, 17, CHUNK, CHUNK + 1, 4 * CHUNK, 4 * CHUNK + 1, 9 * CHUNK + 7, 300_0
 @pytest.mark.parametrize("dtype", MOST_DTYPES_LATER)
 def test_trajectory_step(dtype):
     sizes = SIZES if dtype == "f32" else SIZES[:-1]
-    ref = [values((n,), DTYPES[dtype], 1) for n in sizes]
-    params = [(z + 0.1 * values((n,), DTYPES[dtype], 2)).to(DTYPES[dtype]) for z, n in zip(ref, sizes, strict=True)]
+    start = [values((n,), DTYPES[dtype], 1) for n in sizes]
+    params = [(z + 0.1 * values((n,), DTYPES[dtype], 2)).to(DTYPES[dtype]) for z, n in zip(start, sizes, strict=True)]
     params[6][5] = torch.nan
-    mean_dtype = torch.float64 if dtype == "f64" else torch.float32
+    wide = torch.float64 if dtype == "f64" else torch.float32
 
     def compute():
-        prev, mean = [z.clone() for z in ref], [torch.zeros(n, dtype=mean_dtype) for n in sizes]
-        first = functional.trajectory_step(params, prev, ref, mean, 1)
+        prev, deviation = [z.clone() for z in start], [torch.zeros(n, dtype=wide) for n in sizes]
+        first = functional.trajectory_step(params, prev, deviation, 2)
         moved = [w * 0.875 for w in params]
-        return [first, functional.trajectory_step(moved, prev, ref, mean, 2), *prev, *mean]
+        return [first, functional.trajectory_step(moved, prev, deviation, 3), *prev, *deviation]
 
     assert_same_in_all_ways(compute)
 
@@ -135,10 +135,10 @@ def test_float16_in_the_kernels(isa):
     assert same_bits(functional.sample_norms(ALL_HALVES.reshape(-1, 1)), truth)
     finite = ALL_HALVES[ALL_HALVES.isfinite()]
     rows = finite.reshape(-1, 16).unbind()
-    state = [[torch.zeros(16, dtype=d) for _ in rows] for d in (torch.float16, torch.float16, torch.float32)]
-    got = functional.trajectory_step(rows, *state, 1)
-    assert torch.equal(got[:, 3], finite.reshape(-1, 16).double().abs().amax(dim=1))
-    assert torch.equal(torch.stack(state[2]), finite.reshape(-1, 16).float()), "the first mean is the offset itself"
+    state = [[torch.zeros(16, dtype=d) for _ in rows] for d in (torch.float16, torch.float32)]
+    got = functional.trajectory_step(rows, *state, 2)
+    assert torch.equal(got[:, 2], finite.reshape(-1, 16).double().abs().amax(dim=1))
+    assert torch.equal(torch.stack(state[1]), finite.reshape(-1, 16).float() / 2), "half of the first step is deviation"
 
 
 def test_bfloat16_in_the_kernels(isa):
@@ -163,7 +163,7 @@ import torch
 from lipcore import _core, functional
 torch.set_num_threads(2)
 x = torch.randn(8, 300_000)
-lists = [[torch.zeros(300_000)] for _ in range(3)]  # made here: in the child torch itself would wait for its threads
+lists = [[torch.zeros(300_000)] for _ in range(2)]  # made here: in the child torch itself would wait for its threads
 here = functional.sample_norms(x).tolist()
 row = functional.trajectory_step([x[0]], *[[t[0].clone()] for t in lists], 1).tolist()
 assert _core.pool_size() == 2

@@ -39,7 +39,7 @@ def run(make, steps, n):
     owner = {"w": parameter}
     trajectory = Trajectory(owner.items())
     # The plan alone, beside it, so that the norm of every step can be read where it is reported.
-    state = [parameter.clone(), parameter.clone(), torch.zeros(n), None]
+    state = [parameter.clone(), torch.zeros(n), None]
     rows = torch.zeros(3, _core.LEDGER_COLUMNS, dtype=torch.float64)
     recent, cursor = torch.zeros(1, 3, 2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     plan = _core.TrajectoryPlan([(owner, "w", "w", *state)], _core.Ledger(rows, recent, cursor, 1))

@@ -77,7 +77,7 @@ def test_one_pass_has_the_numbers_of_two(dtype: torch.dtype, threads: int) -> No
         torch.set_num_threads(before)
     for mine, theirs in ((one.tracker.table.rows, two.tracker.table.rows), (one.previous, two.previous)):
         assert all(map(same_bits, mine, theirs))
-    sizes = rows[:, 0] + rows[:, 4]
+    sizes = rows[:, 0] + rows[:, 3]
     mixes = torch.tensor([RULES[i].mix for i in CHECKED], dtype=torch.float64)
     sizes = sizes + squares[MOMENTUM].nan_to_num(0) * mixes**2
     found = one.recent[0, CHECKED]

@@ -164,7 +164,8 @@ def allocated(trajectory: Trajectory) -> int:
     for tracker in trajectory._built.all_trackers:
         total += tracker.table.rows.nbytes + tracker.table.recent.nbytes
         copies = tracker.copies
-        kinds = (copies.prev, copies.ref, copies.mean, copies.m2, copies.earlier, copies.earlier_m2) if copies else ()
+        kinds = [copies.prev, copies.ref, copies.deviation, copies.m2] if copies else []
+        kinds += [copies.earlier, copies.earlier_m2] if copies else []
         held = [*kinds, *(kind for block in tracker.closed for kind in (block.means, block.m2))]
         total += sum(tensor.nbytes for kind in held for tensor in kind)
     return total

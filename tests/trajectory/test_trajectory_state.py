@@ -245,7 +245,7 @@ CORRUPT: dict[str, tuple[Change, str]] = {
     "tensors_list": (exact(with_("tensors", [])), "tensors"),
     "tensors_none": (exact(with_("tensors", None)), "tensors"),
     "tensor_missing": (exact(lambda t: t["tensors"].pop("0.bias")), r"0\.bias"),
-    "copies_missing": (exact(lambda t: t["tensors"]["0.bias"].pop("mean")), r"0\.bias.*mean"),
+    "copies_missing": (exact(lambda t: t["tensors"]["0.bias"].pop("deviation")), r"0\.bias.*deviation"),
     "copies_unknown": (tensor("median", torch.zeros(3)), r"0\.weight.*median"),
     "copies_shape": (tensor("prev", torch.zeros(3)), r"0\.weight\.prev"),
     "copies_dtype": (tensor("ref", torch.zeros(8, 6, dtype=torch.float64)), r"0\.weight\.ref"),
