@@ -48,21 +48,24 @@ class OtherThreads(Generic[Pass]):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        #: Of each pass under way, those that have ended meanwhile, by number.
-        self._within: weakref.WeakKeyDictionary[Any, dict[int, Pass]] = weakref.WeakKeyDictionary()
+        #: Of each pass under way, by its id: the pass, and those that have ended meanwhile, by number. Not a
+        #: WeakKeyDictionary, whose iterations and callbacks are Python code that every pass would run.
+        self._within: dict[int, tuple[weakref.ref[Pass], dict[int, Pass]]] = {}
 
     def begin(self, run: Pass) -> None:
         """Note that a pass begins."""
         with self._lock:
-            self._within[run] = {}
+            if self._within:  # of other threads, or never ended
+                self._within = {key: each for key, each in self._within.items() if each[0]() is not None}
+            self._within[id(run)] = weakref.ref(run), {}
 
     def end(self, run: Pass, output: Any) -> list[Pass]:
         """Note that a pass has returned this, and return those that it has called; None as output: it has raised."""
         with self._lock:
-            ended = self._within.pop(run, {})
+            _, ended = self._within.pop(id(run), (None, {}))
             number = next(_numbers)
             others = list(self._within.values()) if output is not None else []
-            for within in others:
+            for _, within in others:
                 within[number] = run
         for tensor in tensors_of(output) if others else ():
             if tensor.grad_fn is not None:

@@ -314,6 +314,20 @@ def test_behind_an_embedding_it_is_the_constant_at_its_output() -> None:
     assert not warned
 
 
+def test_one_norm_of_an_embedding_is_r_and_lambda_without_a_copy() -> None:
+    model = nn.Sequential(nn.Embedding(11, 4), nn.Flatten(), nn.Linear(12, 1))
+    with Lipschitz(model) as lipschitz:
+        for x in torch.tensor([[[1, 2, 3], [4, 4, 4]], [[0, 10, 0], [5, 1, 5]]]):
+            model(x).square().sum().backward()
+            assert lipschitz._record is not None
+            numerators = lipschitz._record[0]
+            assert numerators.shape == (3, 2)
+            assert numerators.untyped_storage().nbytes() == 2 * 8
+            values = lipschitz.per_sample
+            assert same_bits(values.normalized_gradient_norm, values.local_lipschitz)
+            lipschitz.update()
+
+
 def test_integers_without_an_embedding_turn_lambda_off() -> None:
     model = double(lambda: nn.Sequential(nn.EmbeddingBag(11, 4), mlp(4, 7, 1)))
     _, result, _ = observed(model, lambda m: m(torch.tensor([[1, 2, 3], [4, 4, 4]])).sum())
