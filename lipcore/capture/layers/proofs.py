@@ -42,6 +42,10 @@ NOT_RUN_OUTPUT = (
     "the model return its output too, and name that"
 )
 NOT_ASKED = "prove=False was passed"
+_SHARDED_SINCE = (
+    "model: its parameters were spread over ranks (fully_shard, parallelize_module) after this was made; call rebind(), or "
+    "do that before"
+)
 _NOT_YET = "no batch of {0} samples was proved yet"
 _FAILED = "its graph allows no other backward pass ({0})"
 _MEMORY = "another backward pass needs about {0} MB, and {1} MB are free"
@@ -144,6 +148,8 @@ class Proofs:
             self._ranks.announce(self._schedule.passes + 1)
         if not due or (run.chained and self._ranks is None):
             return
+        if not self.sharded and is_spread(self._model):  # a pass of ours alone would leave its parts half gathered
+            raise ValueError(_SHARDED_SINCE)
         try:
             together = self.asked is not None and self.sharded
             run.before = Before(self._model, arguments, keywords, first, run.batch.dim, together=together)
