@@ -168,8 +168,8 @@ def _owners(name: str, held: Sequence[tuple[int, Piece]], ranks: Sequence[int]) 
             raise ValueError(
                 f"parameter '{name}' has other values on rank {ranks[i]} than on rank {ranks[other]}, where it should "
                 "be the same. Models that are trained apart: pass group= (or group=None), the ranks that train one "
-                "model; stages of a pipeline: prefix=; weights that ranks average now and then (local SGD) move by other "
-                "steps on each, of which there are each rank's own numbers: group=None"
+                "model; stages of a pipeline: prefix=; weights that ranks average now and then (local SGD): "
+                "group=None, for each rank's own numbers"
             )
         if piece.count and piece.kept:
             owners.setdefault(piece.place, i)

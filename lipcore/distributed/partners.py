@@ -99,8 +99,8 @@ def _unreached(what: str, error: Exception) -> RuntimeError:
     said = (str(error).splitlines() or [""])[0][:200]
     return RuntimeError(
         f"lipcore: {what}: the process group's store does not answer ({type(error).__name__}: {said}), so the process "
-        "that keeps it has ended: rank 0, or torchrun's agent. No collective was started; this rank's own numbers can be "
-        "read. Start the training anew from a checkpoint"
+        "that keeps it has ended: rank 0, or torchrun's agent. No collective was started; this rank's own numbers can "
+        "be read. Start the training anew from a checkpoint"
     )
 
 

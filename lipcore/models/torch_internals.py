@@ -122,8 +122,8 @@ def was_gathered(group: Any) -> bool:
 
 
 def parts_of_gathered(module: Any) -> dict[int, Any]:
-    """Return the DTensors of a fully_shard()ed module, by the id of the parameter that stands in the place of each while
-    it is gathered."""
+    """Return the DTensors of a fully_shard()ed module, by the id of the parameter that stands in the place of each
+    while it is gathered."""
     found = (p for group in fsdp_groups(module) for p in group.fsdp_params if hasattr(p, "_unsharded_param"))
     return {id(parameter._unsharded_param): parameter.sharded_param for parameter in found}
 

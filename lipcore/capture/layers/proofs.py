@@ -22,7 +22,7 @@ from lipcore.capture.layers.proved_operations import ProvedOperations, kinds_of_
 from lipcore.capture.layers.sample_proof import Verdict, verdict
 from lipcore.capture.output_places import OutputPlaces, is_clear
 from lipcore.capture.own_nodes import gradients_begun, nodes_of_others
-from lipcore.capture.proof_ranks import Ranks
+from lipcore.capture.proof_ranks import SHARDED_SINCE, Ranks
 from lipcore.capture.sample_ids import SampleIds
 from lipcore.capture.seeds import Begins, Seeds, seeds_of
 from lipcore.models.copies import Before
@@ -42,10 +42,6 @@ NOT_RUN_OUTPUT = (
     "the model return its output too, and name that"
 )
 NOT_ASKED = "prove=False was passed"
-_SHARDED_SINCE = (
-    "model: its parameters were spread over ranks (fully_shard, parallelize_module) after this was made; call rebind(), or "
-    "do that before"
-)
 _NOT_YET = "no batch of {0} samples was proved yet"
 _FAILED = "its graph allows no other backward pass ({0})"
 _MEMORY = "another backward pass needs about {0} MB, and {1} MB are free"
@@ -149,7 +145,7 @@ class Proofs:
         if not due or (run.chained and self._ranks is None):
             return
         if not self.sharded and is_spread(self._model):  # a pass of ours alone would leave its parts half gathered
-            raise ValueError(_SHARDED_SINCE)
+            raise ValueError(SHARDED_SINCE)
         try:
             together = self.asked is not None and self.sharded
             run.before = Before(self._model, arguments, keywords, first, run.batch.dim, together=together)
