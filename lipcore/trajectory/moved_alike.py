@@ -12,8 +12,8 @@ _APART = 1e-6  # of the sum of squares: the last digits of float32 updates may d
 _SAID = (
     "trajectory: ranks that hold the same parameters have moved them by other steps (squared updates of this window "
     "add up to {0:.6g} on one rank and {1:.6g} on another), so that there is no movement of the model: they train "
-    "apart, and average weights now and then (local SGD, DiLoCo), or one of them has skipped steps. Each rank's own numbers "
-    "are in pop_window() and history; pass group=None, or average gradients"
+    "apart, and average weights now and then (local SGD, DiLoCo), or one of them has skipped steps. Each rank's own "
+    "numbers are in pop_window() and history; pass group=None, or average gradients"
 )
 
 
