@@ -175,7 +175,7 @@ class Alarmed(Recorded):
             f"{why}. Call monitor.log() or monitor.log_batch() on every rank at the same steps. Where they do, one "
             f"rank's loop is more than {AHEAD} steps ahead of another's, and of its own device: have it wait for that "
             f"every {AHEAD // 2} steps (loss.item(), torch.cuda.synchronize()), or merge windows: "
-            "monitor.global_window() at the same steps. Or pass group=None to a Monitor that is to stop its rank alone"
+            "monitor.global_window() at the same steps; or pass group=None to a Monitor that is to stop its rank alone"
         )
 
     def _holds(self, error: Exception) -> bool:

@@ -48,6 +48,7 @@ def next_group(rank: int, world: int) -> None:
     store = dist.FileStore(f"{folder}/next{world}.{next(_groups)}", world)
     patience = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
+    dist.barrier()  # one that leaves at once would close connections that another is still making
 
 
 def mesh_of(world: int) -> Any:
