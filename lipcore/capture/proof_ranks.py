@@ -25,6 +25,12 @@ from lipcore.models.torch_internals import default_store
 _WITHDRAWN = -(1 << 20)
 _PATIENCE = datetime.timedelta(seconds=60)  # for the end of a forward pass on the other ranks
 
+#: Why nothing is measured of a model that was whole when it was looked at.
+SHARDED_SINCE = (
+    "model: its parameters were spread over ranks (fully_shard, parallelize_module) after lipcore has looked at it; "
+    "call rebind(), or do that before"
+)
+
 
 class Ranks:
     """The ranks that a sharded model is on.

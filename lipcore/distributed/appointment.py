@@ -6,9 +6,11 @@ from lipcore.distributed.group import Group
 from lipcore.distributed.partners import Partners
 
 _EVERY = 8  # steps from one look to the next, each of which asks the store once
-#: Steps from the asking to the meeting. Ranks that average gradients are one step apart at most; how far a process is
-#: ahead of its device is not known, and where that is further they find that they are at different places.
-_AHEAD = 8
+#: Steps from the asking to the meeting. Ranks that average gradients are one step apart at most on their devices; how
+#: far a process is ahead of its device is not known. Where that is further, a rank has passed the step of the meeting
+#: when it is asked: they find that they are at different places, and a loop that waits for its device now and then is
+#: the remedy.
+AHEAD = 8
 
 
 class Appointment:
@@ -35,9 +37,9 @@ class Appointment:
 
     def ask(self, group: Group, step: int) -> None:
         """Ask all ranks to meet some steps behind this one, where none has asked yet."""
-        word = str(step + _AHEAD)
+        word = str(step + AHEAD)
         stands = self._partners.leave_word(group, self._place, word)
-        if stands and int(stands) > step + 2 * _AHEAD:  # asked in a step that a loaded checkpoint has taken back
+        if stands and int(stands) > step + 2 * AHEAD:  # asked in a step that a loaded checkpoint has taken back
             stands = self._partners.leave_word(group, self._place, word, over=stands)
         self._word, self.asked = stands, True
 

@@ -41,6 +41,7 @@ class Meeting:
         self._attempts: Counter[int] = Counter()  # by step
         self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._numbered = 0
+        self._passed: dict[int, tuple[int, int]] = {}  # by caller: a step, and how often it has passed by at it
         self._old: list[str] = []  # keys of the last meeting that took place, which nobody needs when the next one does
 
     def number_of(self, caller: Any) -> int:
@@ -52,7 +53,20 @@ class Meeting:
 
     def pass_by(self, what: str, step: int, who: int = 0) -> None:
         """Tell ranks that wait for this one that it has nothing to meet them for at this step; `who` calls."""
-        self._store.set(self._at(self._place), json.dumps({"key": "", "step": step, "what": what, "who": who}))
+        times = self._times_passed(step, who) + 1
+        self._passed[who] = step, times
+        word = {"key": "", "step": step, "what": what, "who": who, "times": times}
+        self._store.set(self._at(self._place), json.dumps(word))
+
+    def _times_passed(self, step: int, who: int) -> int:
+        """Return how often this rank has passed by at a step: the others have too, in the same calls."""
+        at, times = self._passed.get(who, (step, 0))
+        return times if at == step else 0
+
+    def go_back(self) -> None:
+        """Take back that this rank has passed by: a checkpoint was loaded, and steps are made again."""
+        self._passed.clear()
+        self._store.set(self._at(self._place), "")
 
     def leave_word(self, where: str, word: str, over: str = "") -> str:
         """Leave a word for all ranks in the place of this one, "" for none, unless another stands there; return the one
@@ -165,7 +179,10 @@ class Meeting:
             place = json.loads(text)
             waits = place["key"] not in ("", key) and not self._store.check([f"{place['key']}/decision"])
             # What another Monitor had last to say, whose training may be over, is no word of this one.
-            if waits or (not place["key"] and place["step"] >= step and place["who"] == who):
+            passed = not place["key"] and place["who"] == who
+            # At the same step it may have passed by in a call before, as this rank has, and be on its way to this one.
+            at = place["step"], place.get("times", 0)
+            if waits or (passed and at > (step, self._times_passed(step, who))):
                 found[i] = place
         return found
 

@@ -81,6 +81,7 @@ class Ownership:
         copies: on how many ranks the piece of a parameter is that this rank holds, this one included.
         everywhere: those that every rank holds, wholly or in part.
         whole: those of which one rank counts all.
+        replicas: those that every rank holds whole, and measures.
     """
 
     def __init__(self, pieces: Sequence[Mapping[str, Piece]], ranks: Sequence[int], here: int) -> None:
@@ -89,6 +90,7 @@ class Ownership:
         self.mine: frozenset[str] = frozenset()
         self.copies: dict[str, int] = {}
         counted: dict[str, set[int]] = {}
+        replicas: list[str] = []
         empty: dict[str, set[int]] = {}
         for name in self.names:
             held = [(i, each[name]) for i, each in enumerate(pieces) if name in each]
@@ -96,12 +98,16 @@ class Ownership:
             self.groups.append(held[0][1].group)
             counted[name] = set(owners.values())
             empty[name] = {i for i, piece in held if not piece.count}
+            alike = len(held) == len(pieces) and len({piece.place for _, piece in held}) == 1
+            if alike and all(piece.kept for _, piece in held):
+                replicas.append(name)
             if name in pieces[here]:
                 place = pieces[here][name].place
                 self.copies[name] = sum(piece.place == place for _, piece in held)
         self.mine = frozenset(name for name, owners in counted.items() if here in owners)
         self.whole = frozenset(name for name, owners in counted.items() if len(owners) == 1)
         self.everywhere = frozenset(name for name in self.names if all(name in each for each in pieces))
+        self.replicas = frozenset(replicas)
         self._counted, self._empty = counted, empty
 
     @classmethod
@@ -162,7 +168,8 @@ def _owners(name: str, held: Sequence[tuple[int, Piece]], ranks: Sequence[int]) 
             raise ValueError(
                 f"parameter '{name}' has other values on rank {ranks[i]} than on rank {ranks[other]}, where it should "
                 "be the same. Models that are trained apart: pass group= (or group=None), the ranks that train one "
-                "model; stages of a pipeline: prefix=; weights that ranks average now and then: right after that"
+                "model; stages of a pipeline: prefix=; weights that ranks average now and then (local SGD): "
+                "group=None, for each rank's own numbers"
             )
         if piece.count and piece.kept:
             owners.setdefault(piece.place, i)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from contextlib import suppress
 from numbers import Real
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from lipcore.distributed.group import Group, checked_group, found_group
 from lipcore.distributed.meeting import Header, Meeting
+from lipcore.models.ranks import under_process_group
 
 #: By the default process group and the name of the group.
 _meetings: weakref.WeakKeyDictionary[Any, dict[str, Meeting]] = weakref.WeakKeyDictionary()
@@ -34,6 +36,9 @@ class Partners:
             raise ValueError(f"timeout: expected seconds > 0, got {timeout!r}")
         self._given: Any = checked_group(group)
         self._timeout: float = float(timeout)
+        self._had: Group | None = None  # the last that was found
+        with suppress(ValueError):  # of a rank that is in no group, which is said when it is asked for
+            self.find()
 
     @property
     def none_asked_for(self) -> bool:
@@ -42,17 +47,36 @@ class Partners:
 
     def find(self) -> Group | None:
         """Return the group as it is now; None where this process stands alone."""
-        return found_group(self._given)
+        found = found_group(self._given)
+        self._had = found or self._had
+        return found
+
+    @property
+    def lost(self) -> Group | None:
+        """The group that there was, where torch.distributed has no process group any more."""
+        return None if self._had is None or under_process_group() else self._had
 
     def meet(self, group: Group, what: str, step: int, header: Header) -> list[Header]:
         """Return the headers of all ranks; what :meth:`Meeting.meet` raises."""
-        meeting = _meeting(group)
-        return meeting.meet(what, step, header, self._timeout, meeting.number_of(self))
+        try:
+            meeting = _meeting(group)
+            return meeting.meet(what, step, header, self._timeout, meeting.number_of(self))
+        except torch.distributed.DistError as error:
+            raise _unreached(what, error) from error
 
     def pass_by(self, group: Group, what: str, step: int) -> None:
         """Tell the other ranks that this one has nothing to meet them for at this step."""
-        meeting = _meeting(group)
-        meeting.pass_by(what, step, meeting.number_of(self))
+        with suppress(torch.distributed.DistError):  # who waits is told of it by the store itself
+            meeting = _meeting(group)
+            meeting.pass_by(what, step, meeting.number_of(self))
+
+    def go_back(self) -> None:
+        """Take back that this rank has passed by at steps that a loaded checkpoint has made undone."""
+        with suppress(RuntimeError, ValueError):  # the store is gone, or this rank is in no group: nobody waits
+            group = self.find()
+            met = _meetings.get(torch.distributed.group.WORLD, {}) if group is not None else {}
+            if group is not None and group.name in met:
+                met[group.name].go_back()
 
     def leave_word(self, group: Group, where: str, word: str, over: str = "") -> str:
         """Leave a word for all ranks in the place of this one, "" for none, unless another stands there; return the one
@@ -67,7 +91,17 @@ class Partners:
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy has: no process group."""
-        return {"_given": None, "_timeout": self._timeout}
+        return {"_given": None, "_timeout": self._timeout, "_had": None}
+
+
+def _unreached(what: str, error: Exception) -> RuntimeError:
+    """Return the error of a rank that does not reach the store."""
+    said = (str(error).splitlines() or [""])[0][:200]
+    return RuntimeError(
+        f"lipcore: {what}: the process group's store does not answer ({type(error).__name__}: {said}), so the process "
+        "that keeps it has ended: rank 0, or torchrun's agent. No collective was started; this rank's own numbers can "
+        "be read. Start the training anew from a checkpoint"
+    )
 
 
 def _meeting(group: Group) -> Meeting:

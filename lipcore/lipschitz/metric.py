@@ -233,7 +233,7 @@ class Lipschitz(LipschitzResults):
                 "and load_state_dict() of the original"
             )
         self._model = model
-        self._holding = Holding(self._held)
+        self._holding = Holding(self._held, model=model)
         self._first.target, self._at_input.choice = find_input(model, self._input)
         self._last.target, self._last.choice = find_output(model, self._output)
         self._first.begins = begins_with_layer(model)

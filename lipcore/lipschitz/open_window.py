@@ -107,6 +107,7 @@ class LipschitzWindow(StandaloneMetric):
             "quantity": self._resolved or "auto",
             "mixed": self._mixed,
             "weight_moved": self._weight_moved(),
+            "doubt": self._at_input.unproved or self._doubt,
             **self._open.state_dict("distributions"),
             "bias_steps": self._bias.state(),
         }
@@ -121,6 +122,9 @@ class LipschitzWindow(StandaloneMetric):
         for key in ("mixed", "weight_moved"):
             if not isinstance(state.get(key), bool):
                 raise ValueError(f"{key}: expected True or False, got {state.get(key)!r}")
+        doubt = state.get("doubt", "")  # likewise
+        if not isinstance(doubt, str):
+            raise ValueError(f"doubt: expected words, got {doubt!r}")
         loaded = self._open.loaded(state, "distributions")
         bias_steps = state.get("bias_steps", [])  # a state of an earlier lipcore has none
         if not isinstance(bias_steps, list) or not all(map(_are_steps, bias_steps)):
@@ -130,13 +134,13 @@ class LipschitzWindow(StandaloneMetric):
         self._open.become(loaded)
         if quantity != "auto":
             self._resolved = str(quantity)
-        self._mixed, self._moved = state["mixed"], state["weight_moved"]
+        self._mixed, self._moved, self._doubt = state["mixed"], state["weight_moved"], doubt
         self._bias.load(bias_steps)
         self._remember_weight()
 
     def empty_state(self, rest: dict[str, Any]) -> dict[str, Any]:
         """Return its state without samples."""
-        return {**rest, "mixed": False, "weight_moved": False, **empty_blocks(rest, "distributions")}
+        return {**rest, "mixed": False, "weight_moved": False, "doubt": "", **empty_blocks(rest, "distributions")}
 
     def add_states(self, begin: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the state with the samples of all of these, which is worth what the least of them is."""
@@ -144,7 +148,8 @@ class LipschitzWindow(StandaloneMetric):
         labels = {key: any(state[key] for state in found) for key in ("mixed", "weight_moved")}
         known = [state["quantity"] for state in found if state["quantity"] != "auto"]
         quantity = known[0] if known else "auto"
-        return {**begin, **labels, "quantity": quantity, **added_blocks(found, "distributions")}
+        doubt = next((state["doubt"] for state in found if state.get("doubt")), "")
+        return {**begin, **labels, "doubt": doubt, "quantity": quantity, **added_blocks(found, "distributions")}
 
 
 def _are_steps(block: Any) -> bool:

@@ -15,6 +15,7 @@ from lipcore.metric.protocol import Metric
 from lipcore.metric.rank_part import RankPart
 from lipcore.metric.results import History, Window
 from lipcore.metric.window import Scope
+from lipcore.models.gathered import fully_sharded
 from lipcore.models.ranks import is_sharded, rank, world_size
 
 #: How many closed windows, and bytes of them, wait at most.
@@ -23,6 +24,10 @@ _NEVER_CALLED = (
     "nobody has called monitor.global_window() for so long that closed windows are no longer kept for it: what is read "
     "here covers this rank alone (window.scope). Call it on every rank at logging steps, or pass group=None to the "
     "Monitor"
+)
+_DESTROYED = (
+    "global_window: torch.distributed.destroy_process_group() was called, so that no other rank can be reached; call "
+    "it behind the last global_window(). This rank's own windows are in pop_window() and history"
 )
 
 
@@ -53,7 +58,7 @@ class GlobalWindows:
         """Return what this process's own windows cover."""
         if self.stands_alone:
             return "global"
-        parts = is_sharded(model) or any(metric.keeps_parts for metric in metrics)
+        parts = is_sharded(model) or bool(fully_sharded(model)) or any(metric.keeps_parts for metric in metrics)
         return "shard" if parts else "rank"
 
     @property
@@ -64,12 +69,13 @@ class GlobalWindows:
     @property
     def stands_alone(self) -> bool:
         """True where this process's own windows are all there is."""
-        return self.partners.find() is None and not (self.partners.none_asked_for and world_size() > 1)
+        alone = self.partners.find() is None and self.partners.lost is None
+        return alone and not (self.partners.none_asked_for and world_size() > 1)
 
     @property
     def place(self) -> Place:
         """This rank among those that train the model."""
-        group = self.partners.find()
+        group = self.partners.find() or self.partners.lost
         if group is not None:
             return Place(group.place, group.size, group.ranks)
         apart = self.partners.none_asked_for and world_size() > 1
@@ -92,6 +98,7 @@ class GlobalWindows:
         loaded, and these steps are made again."""
         self._waiting = deque(each for each in self._waiting if each[0].last_step <= step)
         self.history.forget(step)
+        self.partners.go_back()
         self.last_merged = [window for window in self.last_merged if window.last_step <= step]
         self._newest = self._newest if self._newest is not None and self._newest.last_step <= step else None
         self._told = {each for each in self._told if each.last_step <= step}
@@ -113,7 +120,7 @@ class GlobalWindows:
         if self.partners.none_asked_for and world_size() > 1:
             return ""
         if self.partners.find() is None:
-            self._newest = window
+            self._newest = window if self.partners.lost is None else None
             return ""
         parts: dict[str, RankPart] = {}
         left_out: dict[str, str] = {}
@@ -153,7 +160,8 @@ class GlobalWindows:
         ranks a collective, at which each hears what the others have said (:attr:`heard`).
 
         Raises:
-            RuntimeError: group=None; a rank has not come, or is elsewhere: the windows go on waiting.
+            RuntimeError: group=None; the process group is gone; a rank has not come, or is elsewhere: the windows go on
+                waiting.
             ValueError: what the ranks have does not fit together: the windows are given up.
         """
         self.last_merged, self.heard, self._called = [], [], True
@@ -163,6 +171,8 @@ class GlobalWindows:
                 "group='auto' to merge those of all ranks"
             )
         group = self.partners.find()
+        if group is None and self.partners.lost is not None:
+            raise RuntimeError(_DESTROYED)
         if group is None:
             newest, self._newest = self._newest, None
             return newest

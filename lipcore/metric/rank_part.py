@@ -7,9 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+from torch import nn
+
 from lipcore.distributed.ownership import Description, Ownership, describe
 from lipcore.distributed.packed import Packed, Together, room_for
 from lipcore.metric.results import MetricResult
+from lipcore.models.gathered import in_parts
 
 #: Why a metric without parts is not in a global window.
 NOT_MERGED = "its numbers are not merged over ranks; each rank's own are in pop_window() and history"
@@ -26,6 +29,7 @@ class Holding:
         parameters: returns (name, group, tensor) of each.
         refused: why they cannot be merged; "" where they can.
         kept: names of those that this rank could count; None: of all.
+        model: where they stand.
     """
 
     def __init__(
@@ -33,8 +37,9 @@ class Holding:
         parameters: Callable[[], Iterable[tuple[str, str, Any]]],
         refused: str = "",
         kept: Collection[str] | None = None,
+        model: Any = None,
     ) -> None:
-        self._parameters, self._refused, self._kept = parameters, refused, kept
+        self._parameters, self._refused, self._kept, self._model = parameters, refused, kept, model
         self._found: dict[tuple[int, ...], Ownership] = {}  # by the ranks of a group
         self._ranks: tuple[int, ...] = ()
         self.room = 1024  #: bytes for the text, once there is one; it is as long at other values of the parameters
@@ -57,11 +62,15 @@ class Holding:
     def ownership(self, found: Ownership) -> None:
         self._found[self._ranks] = found
 
+    def _held(self) -> Iterable[tuple[str, str, Any]]:
+        held = self._parameters()
+        return in_parts(self._model, held) if isinstance(self._model, nn.Module) else held
+
     def text(self) -> str:
         """Return what this rank holds, as JSON; or why that cannot be said. Waits for the device."""
         found: Description
         try:
-            found = {"refused": self._refused} if self._refused else describe(self._parameters(), self._kept)
+            found = {"refused": self._refused} if self._refused else describe(self._held(), self._kept)
         except Exception as error:  # the other ranks wait for a word of this one
             found = {"refused": str(error)[:150]}  # there is room for that at any later time too
         text = json.dumps(found)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from lipcore.models.ranks import has_dtensors
-from lipcore.models.torch_internals import backward_begun, before_backward, forget_backward, fsdp_groups, was_gathered
+from lipcore.models.torch_internals import (
+    backward_begun,
+    before_backward,
+    forget_backward,
+    fsdp_groups,
+    parts_of_gathered,
+    was_gathered,
+)
 
 
 def fully_sharded(model: nn.Module) -> list[Any]:
@@ -32,6 +39,15 @@ def gathers_by_part(model: nn.Module) -> bool:
 def is_there(tensor: Tensor) -> bool:
     """Return whether a gathered parameter has its memory: fully_shard() keeps the tensor, and lets go of that alone."""
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+
+
+def in_parts(model: nn.Module, held: Iterable[tuple[str, str, Any]]) -> list[tuple[str, str, Any]]:
+    """Return (name, group, tensor) of parameters with what this rank holds of each between two steps: within one, what
+    fully_shard() has gathered stands in its place, whole on every rank."""
+    parts: dict[int, Any] = {}
+    for module in fully_sharded(model):
+        parts |= parts_of_gathered(module)
+    return [(name, group, parts.get(id(tensor), tensor)) for name, group, tensor in held]
 
 
 def mesh_of(model: nn.Module) -> Any:

@@ -121,6 +121,13 @@ def was_gathered(group: Any) -> bool:
     return all(hasattr(parameter, "_unsharded_param") for parameter in group.fsdp_params)
 
 
+def parts_of_gathered(module: Any) -> dict[int, Any]:
+    """Return the DTensors of a fully_shard()ed module, by the id of the parameter that stands in the place of each
+    while it is gathered."""
+    found = (p for group in fsdp_groups(module) for p in group.fsdp_params if hasattr(p, "_unsharded_param"))
+    return {id(parameter._unsharded_param): parameter.sharded_param for parameter in found}
+
+
 def backward_begun(module: Any) -> bool:
     """Return whether a fully_shard()ed module waits for the end of a backward pass, at which it lets go and reduces."""
     return bool(module._get_fsdp_state()._state_ctx.post_backward_final_callback_queued)

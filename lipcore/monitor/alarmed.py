@@ -12,7 +12,7 @@ from lipcore.alarms.attach import AlarmsListener, norms_of, trajectory_of
 from lipcore.alarms.event import AlarmStop
 from lipcore.alarms.samples import SamplesAfter
 from lipcore.capture.training_pass import in_backward
-from lipcore.distributed.appointment import Appointment
+from lipcore.distributed.appointment import AHEAD, Appointment
 from lipcore.distributed.group import Group
 from lipcore.metric.optimizers import updating
 from lipcore.models.capturing import is_captured_here
@@ -172,8 +172,10 @@ class Alarmed(Recorded):
             self._appointment.call_off(group)
         self._failures.warn(
             "lipcore could not stop all ranks for an alarm, and so stops none: the others would wait for this one. "
-            f"{why}. Call monitor.log() or monitor.log_batch() on every rank at the same steps, or pass group=None to "
-            "a Monitor that is to stop its rank alone"
+            f"{why}. Call monitor.log() or monitor.log_batch() on every rank at the same steps. Where they do, one "
+            f"rank's loop is more than {AHEAD} steps ahead of another's, and of its own device: have it wait for that "
+            f"every {AHEAD // 2} steps (loss.item(), torch.cuda.synchronize()), or merge windows: "
+            "monitor.global_window() at the same steps; or pass group=None to a Monitor that is to stop its rank alone"
         )
 
     def _holds(self, error: Exception) -> bool:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Any
+
+from lipcore.metric.state import is_count
 
 
 class Doubts:
@@ -35,3 +39,27 @@ class Doubts:
     def merge(self, other: Doubts) -> None:
         """Add those of another window to the open block."""
         self._blocks[-1].update(other.counts())
+
+    def state(self) -> list[dict[str, int]]:
+        """Return the reasons of each block, the open one last, as a checkpoint holds them."""
+        return [dict(block) for block in self._blocks]
+
+    def load(self, state: Any) -> None:
+        """Go on from :meth:`state`, [] for none; ValueError where it is no such thing, and nothing has changed."""
+        self._blocks = self.checked(state)
+
+    def checked(self, state: Any) -> deque[Counter[str]]:
+        """Return the blocks of a state; ValueError where it is none."""
+        fits = isinstance(state, list) and len(state) <= (self._blocks.maxlen or 1)
+        if not fits or not all(isinstance(block, dict) and all(map(is_count, block.values())) for block in state):
+            raise ValueError(f"doubts: expected reasons with counts, by block, got {state!r:.80}")
+        return deque([Counter(block) for block in state] or [Counter()], maxlen=self._blocks.maxlen)
+
+
+def added_doubts(states: Sequence[Sequence[dict[str, int]]]) -> list[dict[str, int]]:
+    """Return the state of the doubts of several ranks together; the last blocks of all are the open ones."""
+    total: list[Counter[str]] = [Counter() for _ in range(max(map(len, states), default=0))]
+    for state in states:
+        for into, block in zip(reversed(total), reversed(state), strict=False):
+            into.update(block)
+    return [dict(block) for block in total]

@@ -11,7 +11,7 @@ from torch import nn
 from lipcore.distributed.rank_axis import Place
 from lipcore.metric.blocks import Block, BlockWindow, added_blocks, empty_blocks
 from lipcore.metric.state import checked_count, under_key
-from lipcore.per_sample.doubts import Doubts
+from lipcore.per_sample.doubts import Doubts, added_doubts
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.noise.noise_sums import NoiseSums
@@ -21,6 +21,8 @@ from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.scores.score_columns import Scores
 from lipcore.per_sample.step_listener import StepListener
 from lipcore.per_sample.unproved import Unproved
+
+_DOUBTS = ("doubts", "taken_back")  # in a state: of passes that are not proved, and of samples
 
 
 class SampleWindow:
@@ -198,6 +200,8 @@ class SampleWindow:
             "steps": self.steps,
             "dropped": self.dropped,
             **self.distributions.state_dict(),
+            "doubts": self.doubts.state(),
+            "taken_back": self.unproved.taken_back.state(),
             "noise": self.noise.state_dict() if self.noise is not None else {},
             "shared": self.shared.state_dict() if self.shared is not None else {},
             "scores": self.scores.state_dict(),
@@ -213,6 +217,9 @@ class SampleWindow:
         """
         steps, dropped = checked_count(state, "steps"), checked_count(state, "dropped")
         distributions = self.distributions.loaded(state)
+        doubts = {key: state.get(key, []) for key in _DOUBTS}  # a state of an earlier lipcore has none
+        for each in doubts.values():
+            self.doubts.checked(each)
         scores = self._make_scores()
         noise = state.get("noise")
         if not isinstance(noise, dict) or bool(noise) != (self.noise is not None):
@@ -228,6 +235,8 @@ class SampleWindow:
                 self.noise.load_state_dict(noise)
         self.distributions, self.scores, self.loss_scores = distributions, scores, loss_scores
         self.steps, self.dropped = steps, dropped
+        self.doubts.load(doubts["doubts"])
+        self.unproved.taken_back.load(doubts["taken_back"])
         self.mark()
         if self.shared is not None and self.noise is not None:
             self.shared.load(self.steps, shared, bool(self.noise.steps))
@@ -241,6 +250,7 @@ class SampleWindow:
         """Return a state without samples. The averages of the noise scale go on from the last window that is that of
         all ranks; the open window's begins anew, since it is made of the steps of all ranks."""
         state = {**rest, "dropped": 0, "scores": self._make_scores().state_dict(), **empty_blocks(rest)}
+        state |= {key: [] for key in _DOUBTS}
         state["loss_scores"] = SampleScores().state_dict()
         if rest["noise"]:
             state |= noise_of_all(rest["noise"], rest["shared"], rest["share"], rest["steps"], alone=rest["alone"])
@@ -251,6 +261,7 @@ class SampleWindow:
         dropped = sum(state["dropped"] for state in others)
         shared = with_steps(begin["shared"], [state["share"] for state in others if state["share"]])
         found = {"dropped": dropped, "shared": shared}
+        found |= {key: added_doubts([state.get(key, []) for state in others]) for key in _DOUBTS}
         for key, make in (("scores", self._make_scores), ("loss_scores", SampleScores)):
             scores = make()
             for state in others:

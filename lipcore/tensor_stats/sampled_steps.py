@@ -73,7 +73,7 @@ class SampledSteps(StandaloneMetric):
         self._closed: deque[Block] = deque(maxlen=self._window_blocks - 1)
         self._held = {(p.name, p.group): p for p in (*self._watched.parameters, *self._watched.gradients)}
         fsdp1 = is_fsdp1(self._model)
-        self._holding = Holding(partial(holds, self._held), FSDP1_PIECES if fsdp1 else "")
+        self._holding = Holding(partial(holds, self._held), FSDP1_PIECES if fsdp1 else "", model=self._model)
         self._forget_step()
         self._notes = {}
 

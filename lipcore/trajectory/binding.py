@@ -178,7 +178,7 @@ class Bound(Metric):
             kept = mine
         self._jumps = []
         fsdp1 = isinstance(self._model, nn.Module) and is_fsdp1(self._model)
-        self._holding = Holding(partial(_held, held), FSDP1_PIECES if fsdp1 else "", kept)
+        self._holding = Holding(partial(_held, held), FSDP1_PIECES if fsdp1 else "", kept, self._model)
         self._single.start(self._built)
 
     def _share_of(self, held: list[WatchedParameter]) -> list[WatchedParameter]:

@@ -12,6 +12,7 @@ from lipcore.metric.results import Level, MetricResult
 from lipcore.trajectory.building import Built
 from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
 from lipcore.trajectory.kept_steps import MOST_BYTES
+from lipcore.trajectory.moved_alike import check_moved_alike, movement
 from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.shard_sums import ShardSums
 from lipcore.trajectory.sketch_part import SketchPart, paths_of, sketch_sums
@@ -71,10 +72,14 @@ class TrajectoryPart(RankPart):
             name, level, members = places[i]
             if owners.names[members[0]] in owners.mine:
                 spread.paths[i] = self.own_paths[name, level]
-        return spread.packed()
+        packed = spread.packed()
+        alike = [] if self.carried is not None else [i for i, n in enumerate(self.names) if n in owners.replicas]
+        packed.largest.append(movement(self.sums.steps, alike))
+        return packed
 
     def result(self, together: Together) -> MetricResult:
         """Return the numbers of whole parameters."""
+        check_moved_alike(together.largest[-1])
         places, wanted = self._places, frozenset(self.agreed["quantities"])
         (sums,) = ShardSums.of_packed(together, self.agreed["gradients"])
         whole = Whole(sums, places, self.agreed["end"], self.before, self._alone(places))

@@ -13,6 +13,7 @@ from lipcore.distributed.packed import Packed, Together
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import Level, MetricResult, Places
 from lipcore.trajectory.describe import Rows, quantiles_of
+from lipcore.trajectory.moved_alike import check_moved_alike, movement
 from lipcore.trajectory.shard_sums import NONFINITE_ELEMENTS, WEIGHT_SQ, ShardSums
 from lipcore.trajectory.sketch_errors import relative_errors
 from lipcore.trajectory.sketch_history import SketchHistory
@@ -102,10 +103,14 @@ class SketchPart(SketchRankPart):
                 spread.paths[i] = self.own_paths[name, level]
         index = {name: i for i, name in enumerate(owners.names)}
         mine = [i for i, name in enumerate(self.names) if name in owners.mine]
-        return spread.packed(self.gradients.spread([index[name] for name in self.names], mine, len(index)))
+        packed = spread.packed(self.gradients.spread([index[name] for name in self.names], mine, len(index)))
+        alike = [i for i, names in enumerate(self.members) if owners.replicas.issuperset(names)]
+        packed.largest.append(movement(self.sums.steps, [i * SPLIT + j for i in alike for j in range(SPLIT)]))
+        return packed
 
     def result(self, together: Together) -> MetricResult:
         """Return the estimates of all ranks, each with its standard error."""
+        check_moved_alike(together.largest[-1])
         owners = self.holding.ownership
         assert owners is not None
         wanted, places = frozenset(self.agreed["quantities"]), self._places

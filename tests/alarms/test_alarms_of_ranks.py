@@ -146,7 +146,7 @@ def train(rank: int, folder: str, name: str, *, stop: bool, at: int, end: bool, 
     Without `log` nothing is logged, and the loss itself is NaN on both, or an alarm comes on rank 1 alone."""
     for module in (single_steps, logged):
         module.PROMPT = 0.0  # every step takes longer than numbers wait
-    appointment._EVERY = appointment._AHEAD = 2
+    appointment._EVERY = appointment.AHEAD = 2
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -47,7 +47,7 @@ def train(
     steps: int = STEPS,
 ) -> dict[str, Any]:
     """Train under DDP, with alarms behind log_batch() of these steps."""
-    appointment._EVERY = appointment._AHEAD = EVERY
+    appointment._EVERY = appointment.AHEAD = EVERY
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

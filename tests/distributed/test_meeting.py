@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from lipcore.distributed import partners
+from lipcore.distributed.group import Group
 from lipcore.distributed.meeting import Meeting
 
 NAME = "lipcore/test"
@@ -191,3 +193,53 @@ def test_a_store_that_was_used_before() -> None:
     assert together(call(1, a=1), call(1, a=1), store=store) == [[{"a": 1}] * 2] * 2
     assert together(call(1, a=2), call(1, a=2), store=store) == [[{"a": 2}] * 2] * 2
     assert "rank 11 never called it" in str(together(call(1), lambda meeting: None, store=store, timeout=0.3)[0])
+
+
+def test_a_rank_that_passed_by_in_an_earlier_call_of_this_step_is_waited_for() -> None:
+    def quick(meeting: Timed) -> Any:
+        meeting.pass_by("a call", 3)
+        return meeting.at(3)
+
+    def slow(meeting: Timed) -> Any:
+        meeting.pass_by("a call", 3)
+        time.sleep(0.8)  # the other one looks around meanwhile
+        return meeting.at(3)
+
+    assert together(quick, slow) == [[{}] * 2] * 2
+
+
+def test_a_rank_that_passed_by_once_more_is_named() -> None:
+    def slow(meeting: Timed) -> None:
+        meeting.pass_by("a call", 3)
+
+    (error, none) = together(call(3), slow)
+    assert none is None
+    assert "ranks are at different places: rank 10 is at step 3, the call at 3; rank 11 is at step 3, a c" in str(error)
+
+
+def test_a_rank_that_goes_back_has_not_passed_by_later_steps() -> None:
+    def slow(meeting: Timed) -> Any:
+        meeting.pass_by("a call", 8)
+        meeting.go_back()
+        time.sleep(0.8)
+        return meeting.at(4)
+
+    assert together(call(4), slow) == [[{}] * 2] * 2
+
+
+def test_a_store_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        number_of = staticmethod(lambda caller: 0)
+
+        def meet(self, *arguments: Any) -> None:
+            raise dist.DistNetworkError("Broken pipe\nand a stack")
+
+        pass_by = meet
+
+    monkeypatch.setattr(partners, "_meeting", lambda group: Gone())
+    one, group = partners.Partners("auto", 5.0), Group(None, (0, 1), 0)
+    one.pass_by(group, "a call", 3)  # who waits is told of it by the store
+    with pytest.raises(
+        RuntimeError, match=r"lipcore: a call: the process group's store does not answer .*: Broken pipe"
+    ):
+        one.meet(group, "a call", 3, {})

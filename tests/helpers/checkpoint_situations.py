@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from lipcore import Lipschitz, Monitor, PerSampleGradNorms, TensorStats, Trajectory
 
 STEPS, WINDOW, BATCH = 14, 7, 12
+SHARDED = {"fsdp2", "hsdp"}
 Numbers = dict[str, float]
 
 
@@ -55,6 +56,9 @@ ROWS = [
     Row("ddp 3 to 2", "ddp", 3, "ddp", 2),
     Row("ddp 2 to fsdp2 3", "ddp", 2, "fsdp2", 3),
     Row("fsdp2 2 to ddp 3", "fsdp2", 2, "ddp", 3),
+    Row("hsdp 4 to 4", "hsdp", 4, "hsdp", 4),
+    Row("hsdp 4 to fsdp2 2", "hsdp", 4, "fsdp2", 2),
+    Row("fsdp2 2 to hsdp 4", "fsdp2", 2, "hsdp", 4),
     Row("tensor parallel 2 to 2", "tensor_parallel", 2, "tensor_parallel", 2, metrics="trajectory"),
     Row("tensor parallel 2 to 1", "tensor_parallel", 2, "plain", 1, metrics="trajectory"),
     Row("async, fsdp2 2 to 2", "fsdp2", 2, "fsdp2", 2, how="async"),
@@ -80,6 +84,8 @@ ROWS = [
 def cut(kind: str, model: Any) -> Any:
     if kind == "fsdp2":
         return fsdp(model)
+    if kind == "hsdp":
+        return fsdp(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if kind == "tensor_parallel":
@@ -239,7 +245,7 @@ def expected_of(row: Row, numbers: Numbers, phase: str, off: Iterable[str] = ())
     metrics of which the window says why."""
     cut = row.before if phase == "saved" else row.after
     gone = [f"{name}/" for name in off]
-    if "fsdp2" in (cut, row.before):
+    if not SHARDED.isdisjoint((cut, row.before)):
         gone += ["lipschitz/local_lipschitz", "lipschitz/sandwich"]
     if row.metrics == "updates":
         gone += [f"trajectory/{name}" for name in ("normalized_update_rms", "momentum_norm", "second_moment_norm")]

@@ -22,7 +22,7 @@ from lipcore.capture.layers.proved_operations import ProvedOperations, kinds_of_
 from lipcore.capture.layers.sample_proof import Verdict, verdict
 from lipcore.capture.output_places import OutputPlaces, is_clear
 from lipcore.capture.own_nodes import gradients_begun, nodes_of_others
-from lipcore.capture.proof_ranks import Ranks
+from lipcore.capture.proof_ranks import SHARDED_SINCE, Ranks
 from lipcore.capture.sample_ids import SampleIds
 from lipcore.capture.seeds import Begins, Seeds, seeds_of
 from lipcore.models.copies import Before
@@ -144,6 +144,8 @@ class Proofs:
             self._ranks.announce(self._schedule.passes + 1)
         if not due or (run.chained and self._ranks is None):
             return
+        if not self.sharded and is_spread(self._model):  # a pass of ours alone would leave its parts half gathered
+            raise ValueError(SHARDED_SINCE)
         try:
             together = self.asked is not None and self.sharded
             run.before = Before(self._model, arguments, keywords, first, run.batch.dim, together=together)

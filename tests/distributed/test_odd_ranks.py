@@ -1,0 +1,83 @@
+"""Several ranks in situations that are none of the ways to cut a model: right to 1e-7, or refused by name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from odd_situations import situations
+from rank_runs import Found, assert_right, run_situations
+
+pytestmark = pytest.mark.ci  # four processes, for 20 s
+
+RIGHT = (
+    *("offload", "offload_samples", "offload_lambda", "offload_hsdp", "between_forward_and_backward", "noise_between"),
+    *("between_in_hsdp", "hsdp_samples", "accumulated", "checkpointed", "compiled", "zero_redundancy"),
+    *("made_before_the_group", "one_group_after_another", "two_models"),
+)
+REFUSED = {
+    "averaged_now_and_then": r"ValueError: trajectory: ranks that hold the same parameters have moved them by other ",
+    "averaged_with_sketches": r"ValueError: trajectory: ranks that hold the same parameters have moved them by other ",
+}
+OTHERS = {"offload_bits", "destroyed", "sharded_late", "closed_and_merged_again", "gone_back"}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: Any) -> Any:
+    """What every rank has found, by situation; ranks are started once."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIPCORE_TEST_FOLDER", str(folder))
+        yield run_situations(folder, "odd_situations", 4)
+
+
+def test_every_situation_is_in_the_table() -> None:
+    names = [name for name, *_ in situations(4)]
+    assert sorted(names) == sorted({*RIGHT, *REFUSED, *OTHERS})
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right(found: Found, name: str) -> None:
+    assert found[name]
+    for numbers in found[name]:
+        assert_right(numbers)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(found: Found, name: str) -> None:
+    assert len(found[name]) == 2
+    for error in found[name]:
+        assert isinstance(error, str), error
+        assert re.match(REFUSED[name], error), error
+
+
+def test_offloading_and_all_metrics_leave_the_training_as_it_is(found: Found) -> None:
+    for numbers in found["offload_bits"]:
+        assert isinstance(numbers, dict), numbers
+        assert numbers["same"]
+        answer, *off = numbers["off"]
+        assert answer == {"per_sample_grad_norm": "", "lipschitz": ""}
+        assert off == [{}, {}]
+
+
+def test_a_process_group_that_is_gone_makes_no_part_a_whole(found: Found) -> None:
+    for numbers in found["destroyed"]:
+        assert isinstance(numbers, dict), numbers
+        for kind, each in numbers.items():
+            assert each["scopes"] == [kind] * 3
+            assert each["merged"] == 0
+            assert re.match("global_window: torch.distributed.destroy_process_group.. was called", each["said"])
+
+
+def test_a_model_that_is_sharded_late_is_named_and_trains_on(found: Found) -> None:
+    for numbers in found["sharded_late"]:
+        assert isinstance(numbers, dict), numbers
+        assert numbers["same"]
+        assert "after lipcore has looked at it; call rebind()" in numbers["said"]
+
+
+@pytest.mark.parametrize(("name", "steps"), [("closed_and_merged_again", [6, 7]), ("gone_back", [1, 4])])
+def test_a_slow_rank_that_has_passed_by_before_is_waited_for(found: Found, name: str, steps: list[int]) -> None:
+    for numbers in found[name]:
+        assert numbers == {"steps": steps, "scope": "global"}

@@ -1,0 +1,418 @@
+"""Situations of several ranks that are none of the ways to cut a model: parameters that are offloaded, calls in other
+places of a loop, groups that come late or are gone, ranks that train apart; each beside one process in float64."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lipschitz_situations import merged as merged_lambda
+from lipschitz_situations import truth as truth_of_lambda
+from rank_situations import (
+    STATS,
+    STEPS,
+    WINDOW,
+    Data,
+    Net,
+    data_of,
+    errors,
+    fsdp,
+    made,
+    merged,
+    monitored,
+    train,
+    truth,
+)
+from sample_situations import NAME, Truth, compared, compared_numbers, mean_loss, quiet
+from sample_situations import merged as merged_samples
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from lipcore import Lipschitz, Monitor, PerSampleGradNorms, TensorStats, Trajectory, watch
+
+DDP = nn.parallel.DistributedDataParallel
+_groups = itertools.count()
+
+
+def next_group(rank: int, world: int) -> None:
+    """Make another process group in the place of the one that is gone."""
+    folder = os.environ["LIPCORE_TEST_FOLDER"]
+    store = dist.FileStore(f"{folder}/next{world}.{next(_groups)}", world)
+    patience = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
+    dist.barrier()  # one that leaves at once would close connections that another is still making
+
+
+def mesh_of(world: int) -> Any:
+    return init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards"))
+
+
+def offloaded(model: Any, mesh: Any = None) -> Any:
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    policy = CPUOffloadPolicy(pin_memory=False)  # pinning asks for an accelerator
+    for layer in (model.a, model.b, model):
+        fully_shard(layer, offload_policy=policy, **({} if mesh is None else {"mesh": mesh}))
+    return model
+
+
+def offload(rank: int, world: int) -> dict[str, Any]:
+    return errors(merged(offloaded(made()), data_of(range(world))[rank]), truth(made(), data_of(range(world))))
+
+
+def offload_hsdp(rank: int, world: int) -> dict[str, Any]:
+    model = offloaded(made(), mesh_of(world))
+    return errors(merged(model, data_of(range(world))[rank]), truth(made(), data_of(range(world))))
+
+
+def offload_samples(rank: int, world: int) -> dict[str, Any]:
+    sizes = {0: 2, 1: 7}
+    expected = Truth(made()).windows(data_of(range(world), sizes))
+    return compared(merged_samples(offloaded(made()), data_of(range(world), sizes)[rank]), expected)
+
+
+def offload_lambda(rank: int, world: int) -> dict[str, Any]:
+    windows = merged_lambda(offloaded(made()), data_of(range(world))[rank], proves=True)
+    assert all(window["lipschitz"].local_lipschitz["model"].mean.label == "exact" for window in windows)
+    return compared_numbers(windows, truth_of_lambda(made(), data_of(range(world))))
+
+
+def all_of_them() -> list[Any]:
+    stats = Trajectory(stats=STATS)
+    return [stats, Lipschitz(), PerSampleGradNorms(loss_reduction="mean"), TensorStats(every_steps=1)]
+
+
+def offload_bits(rank: int, world: int) -> dict[str, Any]:
+    """The same training with and without all metrics, a global_window() in each step, and a proof behind one that has
+    no window."""
+    weights, off = [], []
+    for watched in (False, True):
+        model = offloaded(made())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        monitor = Monitor(model, optimizer, all_of_them(), window_steps=WINDOW, timeout=60)
+        if not watched:
+            monitor.close()
+        for step, (x, y) in enumerate(data_of(range(world))[rank]):
+            optimizer.zero_grad()
+            mean_loss(model(x), y).backward()
+            optimizer.step()
+            if watched:
+                monitor.global_window()
+            if watched and step == 2:
+                off.append(monitor.prove(x))
+        monitor.close()
+        off += [dict(window.off) for window in monitor.global_history]
+        weights.append([p.full_tensor().tolist() for p in model.parameters()])
+    return {"same": weights[0] == weights[1], "off": off}
+
+
+class Even(nn.Module):
+    """What is left to the root is cut evenly too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+        return found
+
+
+def between_forward_and_backward(rank: int, world: int, mesh: Any = None) -> dict[str, Any]:
+    """Windows are merged where fully_shard() has gathered what the root holds."""
+    from torch.distributed.fsdp import fully_shard
+
+    kept = {} if mesh is None else {"mesh": mesh}
+    model: Any = made(Even)
+    fully_shard(model.a, **kept)
+    fully_shard(model, **kept)
+    metrics = [Trajectory(stats=STATS), PerSampleGradNorms(loss_reduction="mean")]
+    optimizer, monitor = monitored(model, metrics=metrics)
+    found = []
+    with monitor:
+        for x, y in data_of(range(world))[rank]:
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(x), y)
+            if (window := monitor.global_window()) is not None:
+                found.append(window)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            optimizer.step()
+        found.append(monitor.global_window())
+    return errors(found, truth(made(Even), data_of(range(world)))) | {"noise": [w[NAME].details for w in found]}
+
+
+def between_in_hsdp(rank: int, world: int) -> dict[str, Any]:
+    return between_forward_and_backward(rank, world, mesh_of(world))
+
+
+def noise_between(rank: int, world: int) -> dict[str, Any]:
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = made(Even)
+    fully_shard(model.a)
+    fully_shard(model)
+    optimizer, monitor = monitored(model, metrics=[PerSampleGradNorms(loss_reduction="mean")])
+    found = []
+    with monitor:
+        for x, y in data_of(range(world))[rank]:
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(x), y)
+            if (window := monitor.global_window()) is not None:
+                found.append(window)
+            loss.backward()
+            optimizer.step()
+        found.append(monitor.global_window())
+    return compared(found, Truth(made(Even)).windows(data_of(range(world))))
+
+
+def hsdp_samples(rank: int, world: int) -> dict[str, Any]:
+    """Other batches on all ranks, one of a single sample; lambda, scores and the noise scale."""
+    sizes = {0: 2, 1: 7, 2: 1, 3: 4}
+    data, norms = data_of(range(world), sizes), PerSampleGradNorms(loss_reduction="mean")
+    model = fsdp(made(), mesh_of(world))
+    optimizer, monitor = monitored(model, metrics=[norms, Lipschitz(), Trajectory()], timeout=60)
+    found = []
+    with monitor:
+        monitor.prove(data[rank][0][0])
+        for x, y in data[rank]:
+            norms.set_ids(torch.arange(len(x)) + 100 * rank)
+            optimizer.zero_grad()
+            mean_loss(model(x), y).backward()
+            optimizer.step()
+            if (window := monitor.global_window()) is not None:
+                found.append(window)
+        scores = norms.sync_scores(timeout=60)
+    ids = torch.cat([torch.arange(sizes[r]) + 100 * r for r in range(world)])
+    assert scores.lookup(ids).count.tolist() == [STEPS] * len(ids)
+    expected = zip(Truth(made()).windows(data), truth_of_lambda(made(), data), strict=True)
+    return compared(found, [one | other for one, other in expected])
+
+
+def accumulated(rank: int, world: int) -> dict[str, Any]:
+    """Two micro-batches per step, the first one without a reduction, under FSDP2."""
+    batches, model = data_of(range(world)), fsdp(made())
+    metric = PerSampleGradNorms(loss_reduction="mean", scale=0.5)
+    optimizer, monitor = monitored(model, metrics=[metric], window_steps=WINDOW // 2)
+    found = []
+    with monitor:
+        for step in range(STEPS // 2):
+            optimizer.zero_grad()
+            for part in range(2):
+                x, y = batches[rank][2 * step + part]
+                model.set_requires_gradient_sync(part == 1)
+                (0.5 * mean_loss(model(x), y)).backward()
+            optimizer.step()
+            if (window := monitor.global_window()) is not None:
+                found.append(window)
+    return compared(found, Truth(made(), micro=2).windows(batches))
+
+
+class Checkpointed(Net):
+    """It runs its middle once more in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        hidden = checkpoint(lambda h: torch.tanh(self.b(torch.tanh(h))), self.a(x), use_reentrant=False)
+        found: Tensor = self.c(hidden)
+        return found
+
+
+def checkpointed(rank: int, world: int) -> dict[str, Any]:
+    model = fsdp(made(Checkpointed))
+    return compared(merged_samples(model, data_of(range(world))[rank]), Truth(made()).windows(data_of(range(world))))
+
+
+def compiled(rank: int, world: int) -> dict[str, Any]:
+    model: Any = made()
+    model.b.compile(backend="aot_eager")
+    return compared(
+        merged_samples(fsdp(model), data_of(range(world))[rank]), Truth(made()).windows(data_of(range(world)))
+    )
+
+
+def zero_redundancy(rank: int, world: int) -> dict[str, Any]:
+    """Each rank has the optimizer's state of some parameters alone."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = DDP(made())
+    optimizer: Any = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    monitor = Monitor(model, optimizer, [Trajectory(stats=STATS)], window_steps=WINDOW, timeout=20)
+    return errors(
+        each_step(monitor, model, optimizer, data_of(range(world))[rank]), truth(made(), data_of(range(world)))
+    )
+
+
+def each_step(monitor: Monitor, model: Any, optimizer: Any, data: Data) -> list[Any]:
+    found: list[Any] = []
+
+    def after(step: int) -> None:
+        if (window := monitor.global_window()) is not None:
+            found.append(window)
+
+    with monitor:
+        train(model, optimizer, data, after)
+    return found
+
+
+def made_before_the_group(rank: int, world: int) -> dict[str, Any]:
+    """A Monitor of what is inside DistributedDataParallel, older than the process group."""
+    dist.destroy_process_group()
+    model = made()
+    optimizer, monitor = monitored(model)
+    next_group(rank, world)
+    expected = truth(made(), data_of(range(world)))
+    return errors(each_step(monitor, DDP(model), optimizer, data_of(range(world))[rank]), expected)
+
+
+def one_group_after_another(rank: int, world: int) -> dict[str, Any]:
+    inner, data, found = made(), data_of(range(world))[rank], []
+    optimizer, monitor = monitored(inner)
+
+    def after(step: int) -> None:
+        if (window := monitor.global_window()) is not None:
+            found.append(window)
+
+    train(DDP(inner), optimizer, data, after, range(WINDOW))
+    dist.destroy_process_group()
+    next_group(rank, world)
+    train(DDP(inner), optimizer, data, after, range(WINDOW, STEPS))
+    monitor.close()
+    return errors(found, truth(made(), data_of(range(world))))
+
+
+def destroyed(rank: int, world: int) -> dict[str, Any]:
+    """The process group is gone before the Monitor is closed."""
+    out = {}
+    for kind, wrap in (("rank", DDP), ("shard", fsdp)):
+        optimizer, monitor = monitored(model := wrap(made()))
+        train(model, optimizer, data_of(range(world))[rank], steps=range(WINDOW + 2))
+        dist.destroy_process_group()
+        with_none = monitor.compute()
+        said = ""
+        try:
+            monitor.global_window()
+        except RuntimeError as error:
+            said = str(error)
+        monitor.close_window()
+        monitor.close()
+        state = monitor.state_dict()
+        scopes = [with_none.scope, *(window.scope for window in monitor.history)]
+        out[kind] = {"said": said, "scopes": scopes, "step": state["step"], "merged": len(monitor.global_history)}
+        next_group(rank, world)
+    return out
+
+
+def averaged_now_and_then(rank: int, world: int, mode: Any = "exact") -> Any:
+    """Ranks train apart, and average their weights in the last step of each window."""
+    model = made()
+    optimizer, monitor = monitored(
+        model, metrics=[Trajectory(mode=mode, **({} if mode == "exact" else {"buckets": 256}))]
+    )
+    with monitor:
+        for step, (x, y) in enumerate(data_of(range(world))[rank]):
+            optimizer.zero_grad()
+            F.mse_loss(model(x), y).backward()
+            optimizer.step()
+            if step % WINDOW == WINDOW - 1:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        dist.all_reduce(parameter)
+                        parameter /= world
+                monitor.global_window()
+
+
+def averaged_with_sketches(rank: int, world: int) -> Any:
+    return averaged_now_and_then(rank, world, "sketch")
+
+
+def sharded_late(rank: int, world: int) -> dict[str, Any]:
+    """fully_shard() comes after the Monitor: said by name, and the training is what it is without one."""
+    weights, said = [], ""
+    for watched in (False, True):
+        model = made()
+        monitor = Monitor(model, metrics=[PerSampleGradNorms(loss_reduction="mean")], timeout=20) if watched else None
+        fsdp(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train(model, optimizer, data_of(range(world))[rank])
+        try:
+            if monitor is not None:
+                monitor.close()
+        except ValueError as error:
+            said = str(error)
+        weights.append([p.full_tensor().tolist() for p in model.parameters()])
+    return {"same": weights[0] == weights[1], "said": said}
+
+
+def closed_and_merged_again(rank: int, world: int) -> dict[str, Any]:
+    """At the end all ranks close the open window and merge it, right behind a call that had none; one is slow."""
+    import time
+
+    optimizer, monitor = monitored(model := DDP(made()), window_steps=5, timeout=60)
+    with monitor:
+        train(model, optimizer, data_of(range(world))[rank], lambda step: monitor.global_window(), range(7))
+        time.sleep(2.0 * rank)
+        monitor.close_window()
+        window = monitor.global_window()
+    assert window is not None
+    return {"steps": [window.first_step, window.last_step], "scope": window.scope}
+
+
+def gone_back(rank: int, world: int) -> dict[str, Any]:
+    """All ranks load a state of earlier steps; one of them is slower to its next window."""
+    import time
+
+    optimizer, monitor = monitored(model := DDP(made()), timeout=60)
+    data = data_of(range(world))[rank]
+    with monitor:
+        train(model, optimizer, data, steps=range(3))
+        state = copy.deepcopy(monitor.state_dict())
+        train(model, optimizer, data, lambda step: monitor.global_window(), range(3, 7))
+        monitor.load_state_dict(state)
+        train(model, optimizer, data, steps=range(3, 4))
+        time.sleep(2.0 * rank)
+        window = monitor.global_window()
+    assert window is not None
+    return {"steps": [window.first_step, window.last_step], "scope": window.scope}
+
+
+def two_models(rank: int, world: int) -> dict[str, Any]:
+    """Each of two models on two ranks, recorded, with log() where ranks meet."""
+    halves: Sequence[Sequence[int]] = [[0, 1], [2, 3]]
+    groups, mine = [dist.new_group(list(half)) for half in halves], rank // 2
+    folder = f"{os.environ['LIPCORE_TEST_FOLDER']}/two{mine}"
+    model = DDP(made(seed=mine), process_group=groups[mine])
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    settings: dict[str, Any] = {"window_steps": WINDOW, "timeout": 60, "group": groups[mine]}
+    with watch(model, optimizer, run=folder, metrics=[Trajectory(stats=STATS)], **settings) as monitor:
+        for x, y in data_of(halves[mine])[halves[mine].index(rank)]:
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(x), y)
+            monitor.log(loss=loss)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            optimizer.step()
+        monitor.log(loss=loss)
+    return errors(list(monitor.global_history), truth(made(seed=mine), data_of(halves[mine])))
+
+
+def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
+    """Name, ranks and work of each."""
+    assert ranks == 4
+    os.environ.setdefault("LIPCORE_TEST_FOLDER", tempfile.mkdtemp())
+    for work in (offload, offload_samples, offload_lambda, offload_bits, between_forward_and_backward, noise_between,
+                 accumulated, checkpointed, compiled, zero_redundancy, made_before_the_group, one_group_after_another,
+                 destroyed, averaged_now_and_then, averaged_with_sketches, sharded_late, closed_and_merged_again,
+                 gone_back):  # fmt: skip
+        yield work.__name__, 2, quiet(work)
+    for work in (offload_hsdp, between_in_hsdp, hsdp_samples, two_models):
+        yield work.__name__, 4, quiet(work)
