@@ -93,7 +93,7 @@ ALARM_MUTANTS = (
         "lipcore/monitor/alarmed.py",
         "        super()._shut()\n        self._write_snapshot()\n",
         "        super()._shut()\n",
-        (f"{_AMID}::test_a_training_that_ends_between_sams_steps_says_so",),
+        (f"{_AMID}::test_so_does_one_that_an_error_ends_there",),
     ),
     Mutant(
         "what a killed process has left half stays",
@@ -107,7 +107,7 @@ ALARM_MUTANTS = (
         "lipcore/recording/excerpt.py",
         '"steps": "last >= :first",',
         '"steps": "first > :first",',
-        (f"{_SNAPSHOTS}::test_states_and_the_last_steps_of_the_record",),
+        ("recording/test_excerpt.py",),
     ),
     # ---- samples after an alarm
     Mutant(
