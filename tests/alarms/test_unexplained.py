@@ -312,6 +312,21 @@ def test_in_turns_what_lasts_is_found_once_and_what_does_not_where_its_turn_is(w
 
 
 @pytest.mark.usefixtures("one_at_a_time")
+def test_in_turns_nothing_is_known_of_those_whose_turn_it_is_not() -> None:
+    known: list[list[str]] = []
+
+    def take(first: int, arrays: Any) -> None:
+        of_tensors = [i for i, level in enumerate(arrays.levels) if level == "tensor"]
+        rows = arrays["unexplained_movement"]
+        known.extend([arrays.places[i] for i in of_tensors if row[i] == row[i]] for row in rows)
+
+    assert not Run("adam", on_step=take, **IN_TURNS["updates"]).go(steps=16)
+    assert [len(names) for names in known] == [1] * 16
+    assert known[:8] == known[8:]
+    assert len({name for (name,) in known}) == 8
+
+
+@pytest.mark.usefixtures("one_at_a_time")
 def test_turns_are_those_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a rebind() parameters may be checked more often, or more seldom, than before."""
     run = Run("adam", **IN_TURNS["updates"])

@@ -201,7 +201,7 @@ ALARM_MUTANTS = (
         "lipcore/trajectory/unexplained.py",
         "            self._scores.fill_(torch.nan)\n",
         "            pass\n",
-        (f"{_UNEXPLAINED}::test_in_turns_what_lasts_is_found_once_and_what_does_not_where_its_turn_is",),
+        (f"{_UNEXPLAINED}::test_in_turns_nothing_is_known_of_those_whose_turn_it_is_not",),
     ),
     Mutant(
         "copies outlive the training",
