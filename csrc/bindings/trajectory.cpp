@@ -132,7 +132,7 @@ void take_movement(MovementCheck& into, py::handle params, py::handle first, py:
   std::vector<UpdateItem> items = update_items_of(params, first, second, rules, py::none(), previous);
   std::vector<PyObject*> holders;
   for (const py::handle list : {params, first, second, previous})
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list.ptr()); ++i)
+    for (Py_ssize_t i = 0; !list.is_none() && i < PySequence_Fast_GET_SIZE(list.ptr()); ++i)
       holders.push_back(PySequence_Fast_GET_ITEM(list.ptr(), i));
   check(into.take(std::move(items), holders));
 }

@@ -138,6 +138,7 @@ class Alarms(Showable):
         self._hearers: list[Callable[[AlarmEvent], None]] = []  # of every alarm, of other ranks too
         self._keep: Callable[[Exception], None] | None = None  # None while it belongs to no Monitor
         self._logs: Callable[[], bool] = lambda: False
+        self._logged_to: Callable[[], int] = lambda: 0
         self._meets: Callable[[], bool] = lambda: False
         self._of_ranks = EventsOfRanks()
         self._waits_to_stop: AlarmEvent | None = None
@@ -148,7 +149,7 @@ class Alarms(Showable):
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy has: the events, and nobody to call."""
         gone = dict.fromkeys(("_on_event", "_record", "_record_light", "_record_samples", "_logs", "_meets", "_rate"))
-        gone |= {"_samples_after": None, "_turns": None, "_stopped": None}
+        gone |= dict.fromkeys(("_samples_after", "_turns", "_stopped", "_logged_to"))
         return self.__dict__ | gone | {"_keep": None, "_hearers": []}
 
     @property
@@ -210,11 +211,13 @@ class Alarms(Showable):
         meets: Callable[[], bool] = lambda: False,
         turns: Callable[[], int] = lambda: 1,
         stopped: Callable[[], bool] = lambda: False,
+        logged_to: Callable[[], int] = lambda: 0,
     ) -> None:
         """Belong to a Monitor: `keep` takes errors for the user's next call, `logs` says whether the loop logs, `meets`
         whether there are other ranks that it meets; in `turns` steps, as of now, each parameter's movement is checked
-        once; what brings norms has `stopped`, and brings no more."""
-        self._turns, self._stopped = turns, stopped
+        once; what brings norms has `stopped`, and brings no more; what was logged of the steps up to `logged_to` is
+        here, all of it."""
+        self._turns, self._stopped, self._logged_to = turns, stopped, logged_to
         self._rate, self._keep, self._logs, self._has_norms = CommonRate(optimizers), keep, logs, has_norms
         self._meets = meets
 
@@ -327,7 +330,8 @@ class Alarms(Showable):
 
     def _go_on(self, *, all_of_them: bool = False) -> None:
         norms = self._has_norms and not self._stopped()
-        for one in self._waiting.ready(logs=self._logs(), norms=norms, all_of_them=all_of_them):
+        to = self._logged_to() if self._logs() else None
+        for one in self._waiting.ready(logged_to=to, norms=norms, all_of_them=all_of_them):
             for event in self._checks.alarms(one, self._turns, rate_is_known=self._rate.known):
                 self._tell(event)
             if QUANTITY in one.norms:

@@ -15,6 +15,8 @@ from lipcore.alarms.event import AlarmEvent
 from lipcore.alarms.lasting import Lasting
 from lipcore.alarms.signals import Signal
 
+_NOTHING = 1e-18  # times the usual value: a norm of 0, which has a logarithm in name only
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -109,7 +111,7 @@ class Detector:
             what = f"has been {'higher' if sums[top] > 0 else 'lower'} than usual for a while"
         else:
             times = np.exp(np.clip(logs[top] - self._baseline.medians[top], -700, 700))
-            what = f"is {times:.3g} times its usual value"
+            what = "is 0" if times < _NOTHING else f"is {times:.3g} times its usual value"
         words = f"{signal.words} {what} (score {score:.3g}, {limit})"
         return AlarmEvent(number, signal.name, place, score, f"alarm in step {number}{at}: {words}")
 

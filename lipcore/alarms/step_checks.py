@@ -14,6 +14,7 @@ from lipcore.alarms.event import AlarmEvent
 from lipcore.alarms.layout import Layout
 from lipcore.alarms.nonfinite import OF, NonFinite
 from lipcore.alarms.signals import Signal
+from lipcore.alarms.still import Still
 from lipcore.alarms.unexplained import SIGNAL, UnexplainedMovement
 from lipcore.alarms.waiting import StepNumbers
 from lipcore.metric.columns import Where
@@ -38,6 +39,7 @@ class StepChecks:
     def begin_anew(self) -> None:
         """Forget the steps so far, whose numbers say nothing about the next ones: these are silent at first."""
         self._columns: Columns | None = None
+        self._still = Still(0)
         self._nonfinite = NonFinite()
         limit = self._signals[SIGNAL].limit if SIGNAL in self._signals else None
         self._unexplained = None if limit is None else UnexplainedMovement(limit)
@@ -76,11 +78,17 @@ class StepChecks:
         if (one.norms and columns != self._columns) or self._detector is None or self._columns is None:
             self._columns = columns  # other places than before begin anew, with silent steps
             self._detector = Detector(columns, self._budget)
-        logs = self._logarithms(one, layout.groups, self._columns, log_rate)
+            self._still = Still(len(columns.signals))
+        logs, still = self._logarithms(one, layout.groups, self._columns, log_rate)
+        known = ~np.isnan(logs)
+        logs[self._still.usual(one.step, still & known, known)] = np.nan
         return self._detector.step(one.step, logs, log_rate)
 
-    def _logarithms(self, one: StepNumbers, groups: Where, columns: Columns, log_rate: float) -> NDArray[np.float64]:
-        logs = np.full(len(columns.signals), np.nan)
+    def _logarithms(
+        self, one: StepNumbers, groups: Where, columns: Columns, log_rate: float
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Return the logarithms of a step's numbers, NaN where there is none, and which of the numbers are 0."""
+        logs, still = np.full(len(columns.signals), np.nan), np.zeros(len(columns.signals), bool)
         if one.loss is not None and one.loss > 0 and "loss" in self._signals:
             logs[columns.where("loss")] = math.log(one.loss) if math.isfinite(one.loss) else math.nan
         for name in ("update_norm", "grad_norm", "rms_t"):
@@ -88,9 +96,10 @@ class StepChecks:
                 numbers = one.norms[name][groups]
                 numbers = np.where(np.isfinite(numbers), numbers, np.nan)
                 logs[columns.where(name)] = np.log(np.maximum(numbers, _LEAST))
+                still[columns.where(name)] = numbers == 0
         if "update_norm" in self._signals:
             logs[columns.where("update_norm")] -= log_rate
-        return logs
+        return logs, still
 
 
 def _log_rate(one: StepNumbers, *, is_known: bool) -> float:

@@ -58,14 +58,21 @@ class Waiting:
                 setattr(self._of(first + i), attribute, float(number))
         self._logged = max(self._logged, *(first + len(array) - 1 for array in arrays.values()))
 
-    def ready(self, *, logs: bool, norms: bool, all_of_them: bool = False) -> Iterator[StepNumbers]:
+    def ready(self, *, logged_to: int | None, norms: bool, all_of_them: bool = False) -> Iterator[StepNumbers]:
         """Yield the steps that are complete, in order, each once: where the loop logs at all, those of which what it
-        has logged is here; without norms those that were logged."""
+        has logged is here; without norms those that were logged.
+
+        Args:
+            logged_to: of the steps up to this one everything that was logged is here, also where that is nothing; None
+                where the loop logs nothing.
+            norms: they come too.
+            all_of_them: nothing more comes.
+        """
         end = self._newest if norms else self._logged
         if all_of_them:
             end = max(self._newest, self._logged)
-        elif logs and norms:
-            end = min(self._newest, max(self._logged, self._newest - _MOST))
+        elif logged_to is not None and norms:
+            end = min(self._newest, max(self._logged, logged_to, self._newest - _MOST))
         for step in sorted(step for step in self._steps if step <= end):
             one = self._steps.pop(step)
             if step > self._done:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from lipcore.metric.optimizers import has_hooks, optimizers_inside
@@ -59,16 +60,16 @@ class Stepper:
     def _attach(self) -> None:
         given = self.given
         if has_hooks(given) and not self.inside and not _is_replaced(given) and not _may_nest(given):
-            self._handles.append(given.register_step_pre_hook(self._before))
-            self._handles.append(given.register_step_post_hook(self._after))
+            self._handles.append(given.register_step_pre_hook(_untraced(self._before)))
+            self._handles.append(given.register_step_post_hook(_untraced(self._after)))
             return
         own = [given] if has_hooks(given) and not _may_nest(given) else []
         for optimizer in self.inside or own:
             if _may_nest(optimizer):
                 self._attach_nested(optimizer)
                 continue
-            self._handles.append(optimizer.register_step_pre_hook(self._before_inner))
-            self._handles.append(optimizer.register_step_post_hook(self._after_inner))
+            self._handles.append(optimizer.register_step_pre_hook(_untraced(self._before_inner)))
+            self._handles.append(optimizer.register_step_post_hook(_untraced(self._after_inner)))
         self._handles.append(WatchedStep(given, self._begin, self._end, self._abandon))
         if self.inside and callable(getattr(given, "second_step", None)):
             calls = (self._begin_second, self._end_second, self._abandon_second)
@@ -105,8 +106,8 @@ class Stepper:
             if not self._open:
                 self._after_inner(optimizer, *arguments)
 
-        self._handles.append(optimizer.register_step_pre_hook(before))
-        self._handles.append(optimizer.register_step_post_hook(after))
+        self._handles.append(optimizer.register_step_pre_hook(_untraced(before)))
+        self._handles.append(optimizer.register_step_post_hook(_untraced(after)))
         self._handles.append(WatchedStep(optimizer, begin, end, self._abandon_inner))
 
     def _after(self, optimizer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -191,6 +192,11 @@ class Stepper:
         """Remove the hooks, and put the step back."""
         for handle in self._handles:
             handle.remove()
+
+
+def _untraced(hook: Any) -> Any:
+    """Return a hook that torch.compile calls as it is where it compiles a step, for it would trace all of lipcore."""
+    return torch.compiler.disable(hook)
 
 
 def _is_replaced(optimizer: Any) -> bool:

@@ -41,6 +41,7 @@ class Alarmed(Recorded):
         optimizers = updating(self._optimizers)
         has_norms, logs = trajectory is not None, lambda: self._logged.begun
         given: dict[str, Any] = {"has_norms": has_norms, "meets": self._meets_ranks}
+        given["logged_to"] = lambda: self._logged.complete
         if trajectory is not None:
             given["turns"] = lambda: trajectory.movement_turns  # others after a rebind()
             given["stopped"] = lambda: bool(trajectory.off)
@@ -232,6 +233,10 @@ class Alarmed(Recorded):
             stopwatch.begin()
         if self.alarms is not None:
             self.alarms._begin_step(self._windows.step + 1)
+            try:
+                self._logged.step(self._windows.step + 1)
+            except Exception as error:  # for the user's next call, as log() would raise it
+                self._failures.keep(error)
         if self._flight is not None:
             self._flight.begin_step(self._windows.step + 1)
         super()._after_step()

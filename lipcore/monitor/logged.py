@@ -54,6 +54,15 @@ class Logged:
         self._blocks.add(entries)
         self._prompt.add(entries)
 
+    def step(self, number: int) -> None:
+        """Hand on to prompt listeners, if it is time, what has come of the steps up to this one, which was made."""
+        self._prompt.step(number if self._before else number - 1)
+
+    @property
+    def complete(self) -> int:
+        """The last step of which prompt listeners have all that was logged of it, and before it."""
+        return self._prompt.complete
+
     def result(self, first: int, last: int) -> MetricResult | None:
         """Return what was logged since the last window closed, and start the next one; None where nothing was. What is
         logged after its step comes too late for a window that this step closes: where the numbers are not those of the

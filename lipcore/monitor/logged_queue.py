@@ -26,20 +26,34 @@ class LoggedQueue:
         self._pace = pace
         self._waiting: list[Entry] = []
         self._copied: tuple[list[Entry], HostCopy] | None = None  # of numbers on a device
+        self.complete = 0  #: the last step of which, and of all before, everything was handed on
 
     def add(self, entries: Sequence[Entry]) -> None:
         """Take in numbers of one step; hand on what is complete, if it is time. No device is waited for."""
         if not self.listeners or not entries:
             return
         self._waiting += entries
+        self._look(entries[-1][0] - 1)
+
+    def step(self, last: int) -> None:
+        """Hand on the numbers of the steps up to this one, to which no more come, if it is time: a loop that
+        seldom logs adds nothing for long. No device is waited for."""
+        if not self.listeners:
+            return
+        if self._waiting or self._copied is not None:
+            self._look(last)
+        left = [*(self._copied[0] if self._copied is not None else ()), *self._waiting]
+        self.complete = min([last, *(step - 1 for step, _, _ in left)])
+
+    def _look(self, last: int) -> None:
+        """Hand on what is of the steps up to this one, if it is there and time."""
         if self._copied is not None:
             if not self._copied[1].is_there:
                 return
             self._take_copied()
-        newest = entries[-1][0]
-        if not self._pace.is_due(newest - self._waiting[0][0]):
+        if not self._waiting or not self._pace.is_due(last + 1 - self._waiting[0][0]):
             return
-        ready, self._waiting = self._split(newest - 1)
+        ready, self._waiting = self._split(last)
         devices = {value.device for _, _, value in ready if isinstance(value, Tensor) and value.is_cuda}
         if len(devices) != 1:
             self._hand_on(ready, read_numbers(ready))
@@ -60,7 +74,7 @@ class LoggedQueue:
 
     def clear(self) -> None:
         """Forget what waits."""
-        self._waiting, self._copied = [], None
+        self._waiting, self._copied, self.complete = [], None, 0
 
     def _split(self, last: int) -> tuple[list[Entry], list[Entry]]:
         return [one for one in self._waiting if one[0] <= last], [one for one in self._waiting if one[0] > last]

@@ -26,7 +26,7 @@ class Stepped(Saved):
     def needs(self) -> Needs:
         """Say what it looks at, and when."""
         # Read in each optimizer's own hook: its state and gradients, and a GradScaler's verdict, are there alone.
-        each = len(self._optimizers) > 1 or self._scaler is not None
+        each = len(self._optimizers) > 1 or (self._scaler is not None and self._scaler.is_enabled())
         reads_state = self._built.choice.source == "optimizer" or self._built.unexplained is not None
         return Needs(
             gradients=self._reads_gradients,

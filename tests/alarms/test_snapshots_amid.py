@@ -89,6 +89,23 @@ def test_a_training_that_ends_between_sams_steps_says_so(tmp_path: Path) -> None
     assert torch.load(tmp_path / "step1" / "rank0.pt", weights_only=True)["amid_step"]
 
 
+def test_so_does_one_that_an_error_ends_there(tmp_path: Path) -> None:
+    """No call of the Monitor's follows, in which the files would be written."""
+    model = mlp()
+    optimizer = Sam(model.parameters(), torch.optim.SGD, lr=0.1)
+    alarms = Alarms(signals=["loss"], snapshot=Snapshot(tmp_path, states=True))
+    with (
+        pytest.raises(ZeroDivisionError),
+        pytest.warns(RuntimeWarning, match="are not of the end of step 0: some"),
+        lipcore.Monitor(model, optimizer, [lipcore.Trajectory()], alarms=alarms) as monitor,
+    ):
+        model(X).square().mean().backward()
+        optimizer.first_step()
+        monitor.log_batch([1, 1], epoch=0)
+        raise ZeroDivisionError
+    assert torch.load(tmp_path / "step1" / "rank0.pt", weights_only=True)["amid_step"]
+
+
 def test_what_a_killed_process_has_left_half_goes(tmp_path: Path) -> None:
     said: list[str] = []
     for name in ("step3/rank0.pt-half", "step4/rank0.lipcore-half-wal", "step4/rank10.pt-half", "step5/rank1.pt"):

@@ -14,84 +14,12 @@ from typing import Any
 import pytest
 import torch
 from few import few
-from torch import Tensor, nn
+from movement_runs import AT, OPTIMIZERS, STEPS, Run, Tied, groups, scale, several
+from torch import nn
 
 import lipcore
 from lipcore.alarms import Alarms
 from lipcore.trajectory.unexplained import LIMITS
-
-AT, STEPS = 8, 12
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.01),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9, foreach=True),
-    "nesterov": lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9, nesterov=True),
-    "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
-    "fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
-    "maximize": lambda p: torch.optim.AdamW(p, lr=1e-5, maximize=True, amsgrad=True),
-}
-
-
-class Tied(nn.Module):
-    """An embedding whose weight is the head's too, a parameter that no loss reaches, two blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(20, 16)
-        self.blocks = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16), nn.LayerNorm(16))
-        self.head = nn.Linear(16, 20, bias=False)
-        self.head.weight = self.embedding.weight
-        self.unused = nn.Parameter(torch.ones(3))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        out: Tensor = self.head(self.blocks(self.embedding(ids)))
-        return out
-
-
-class Run:
-    """A training of a Tied model that is watched; faults and harmless things get it."""
-
-    def __init__(
-        self,
-        optimizer: str | Callable[..., Any] = "adamw",
-        dtype: torch.dtype = torch.float32,
-        scaler: Any = None,
-        **trajectory: Any,
-    ) -> None:
-        torch.manual_seed(0)
-        self.model = Tied().to(dtype)
-        make = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
-        made = make(self.model.parameters())
-        self.optimizers = made if isinstance(made, list) else [made]
-        self.scaler = scaler
-        self.alarms = Alarms(signals=["unexplained_movement"])
-        self.monitor = lipcore.Monitor(
-            self.model, made, [lipcore.Trajectory(**trajectory)], window_steps=5, alarms=self.alarms, scaler=scaler
-        )
-
-    @property
-    def weight(self) -> Tensor:
-        return self.model.blocks[0].weight
-
-    def go(self, *, between: Any = None, before_step: Any = None, steps: int = STEPS) -> list[Any]:
-        """Train; `between` is called ahead of step AT's forward pass, `before_step` ahead of every optimizer's step."""
-        with self.monitor:
-            for step in range(1, steps + 1):
-                if step == AT and between is not None:
-                    with torch.no_grad():
-                        between(self)
-                ids = torch.randint(0, 20, (8,))
-                loss = nn.functional.cross_entropy(self.model(ids).float(), ids)
-                for optimizer in self.optimizers:
-                    optimizer.zero_grad()
-                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-                if before_step is not None:
-                    before_step(self, step)
-                for optimizer in self.optimizers:
-                    optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
-                if self.scaler is not None:
-                    self.scaler.update()
-        return self.alarms.events
 
 
 def flip(bit: int) -> Callable[[Run], None]:
@@ -105,10 +33,6 @@ def flip(bit: int) -> Callable[[Run], None]:
 
 def noise(run: Run) -> None:
     run.weight.mul_(1 + 1e-3 * torch.randn(run.weight.shape))
-
-
-def scale(run: Run) -> None:
-    run.weight.mul_(0.999)
 
 
 def stale(run: Run) -> None:
@@ -294,15 +218,6 @@ def test_single_elements_that_go_through_zero(optimizer: str) -> None:
 
 
 def test_groups_and_several_optimizers() -> None:
-    def groups(parameters: Any) -> Any:
-        all_of_them = list(parameters)
-        slow = {"params": all_of_them[3:], "lr": 1e-5, "weight_decay": 0.0}
-        return torch.optim.AdamW([{"params": all_of_them[:3]}, slow], lr=1e-2, weight_decay=0.3)
-
-    def several(parameters: Any) -> Any:
-        all_of_them = list(parameters)
-        return [torch.optim.SGD(all_of_them[:3], lr=0.1), torch.optim.Adam(all_of_them[3:], lr=1e-3)]
-
     for make in (groups, several):
         assert not Run(make).go()
         assert [event.place for event in Run(make).go(between=scale)] == ["blocks.0.weight"]
@@ -397,6 +312,21 @@ def test_in_turns_what_lasts_is_found_once_and_what_does_not_where_its_turn_is(w
 
 
 @pytest.mark.usefixtures("one_at_a_time")
+def test_in_turns_nothing_is_known_of_those_whose_turn_it_is_not() -> None:
+    known: list[list[str]] = []
+
+    def take(first: int, arrays: Any) -> None:
+        of_tensors = [i for i, level in enumerate(arrays.levels) if level == "tensor"]
+        rows = arrays["unexplained_movement"]
+        known.extend([arrays.places[i] for i in of_tensors if row[i] == row[i]] for row in rows)
+
+    assert not Run("adam", on_step=take, **IN_TURNS["updates"]).go(steps=16)
+    assert [len(names) for names in known] == [1] * 16
+    assert known[:8] == known[8:]
+    assert len({name for (name,) in known}) == 8
+
+
+@pytest.mark.usefixtures("one_at_a_time")
 def test_turns_are_those_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a rebind() parameters may be checked more often, or more seldom, than before."""
     run = Run("adam", **IN_TURNS["updates"])
@@ -430,10 +360,6 @@ def test_in_turns_nothing_else_is_told(what: str, optimizer: str) -> None:
 
 @pytest.mark.usefixtures("one_at_a_time")
 def test_in_turns_with_several_optimizers_and_a_scaler_that_skips() -> None:
-    def several(parameters: Any) -> Any:
-        all_of_them = list(parameters)
-        return [torch.optim.SGD(all_of_them[:3], lr=0.1), torch.optim.Adam(all_of_them[3:], lr=1e-3)]
-
     def overflow(run: Run, step: int) -> None:
         if step in (4, AT):
             run.weight.grad[0, 0] = torch.inf

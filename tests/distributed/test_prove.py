@@ -43,7 +43,7 @@ def found(tmp_path_factory: Any) -> Found:
 
 def test_every_situation_is_in_the_table() -> None:
     assert sorted(name for name, *_ in situations(2)) == sorted(
-        ["ddp", "fsdp2", "on_rank_0_alone", "one_sample", "at_rest", *FLAWS, *REFUSED]
+        ["ddp", "fsdp2", "on_rank_0_alone", "one_sample", "at_rest", "apart_after_alarms", *FLAWS, *REFUSED]
     )
 
 
@@ -98,7 +98,20 @@ def test_ranks_prove_together_where_some_are_at_rest(found: Found) -> None:
         assert isinstance(numbers, dict), numbers
         assert numbers["answers"] == [{NAME: ""}] * 2
         assert numbers["rests"] == [True, rank == 1]
-        assert numbers["doubts"] == [""]
+        assert numbers["doubts"] == [""] * (2 - rank)
+
+
+@pytest.mark.ci
+def test_no_rank_waits_for_others_that_rest_after_an_alarm_of_its_own(found: Found) -> None:
+    """And what was proved before stays so."""
+    for numbers in found["apart_after_alarms"]:
+        assert isinstance(numbers, dict), numbers
+        assert numbers["True"] == ["", ""]
+        for doubt in numbers["False"]:
+            assert doubt.startswith("not proved: no batch of 4 samples was proved yet, and after alarms no pass of a")
+            assert doubt.endswith("; call monitor.prove(batch) on all ranks")
+        assert len(numbers["False"]) == 2
+        assert numbers["seconds"] < 50  # what a rank waits for another in a proof
 
 
 @pytest.mark.ci
@@ -163,7 +176,7 @@ def test_a_sharded_model_at_rest_is_proved_for_the_steps_after_an_alarm(
         monitor.log_batch([1, 1, 2, 3], epoch=0)
         train(model, optimizer, 0, range(3, 6))
     assert alarms.samples[0].count == 8
-    assert alarms.samples[0].doubt.startswith("" if proves else "not proved: statistics over the batch")
+    assert alarms.samples[0].doubt.startswith("" if proves else "not proved: no batch of 4 samples was proved yet")
     assert bool(alarms.samples[0].doubt) is not proves
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -186,14 +187,35 @@ def at_rest(rank: int, world: int) -> dict[str, Any]:
         answers, rests = [monitor.prove(batch_of(rank, 100))], [norms.rests]
         monitor.log_batch([1, 1, 2, 3], epoch=0)
         train(model, optimizer, rank, range(1, 5))
-        doubts = [found.doubt for found in alarms.samples]
         if rank == 0:
             monitor.log_batch([1, 1, 2, 3], epoch=1)
         train(model, optimizer, rank, range(5, 6))
         answers.append(monitor.prove(batch_of(rank, 101)))
         rests.append(norms.rests)
         train(model, optimizer, rank, range(6, 9))
-    return {"answers": answers, "rests": rests, "doubts": doubts}
+    return {"answers": answers, "rests": rests, "doubts": [found.doubt for found in alarms.samples]}
+
+
+def apart_after_alarms(rank: int, world: int) -> dict[str, Any]:
+    """Each rank has an alarm of its own, then all have one, and nobody has proved a batch, or somebody has: no rank
+    waits for one that rests."""
+    found: dict[str, Any] = {}
+    for proves in (False, True):
+        alarms = Alarms(signals=["loss"], per_sample=2)
+        metrics = [Trajectory(), PerSampleGradNorms(loss_reduction="mean")]
+        optimizer, monitor = monitored(model := fsdp(made()), metrics, alarms=alarms)
+        begin = time.monotonic()
+        with monitor:
+            train(model, optimizer, rank, range(1))
+            if proves:
+                monitor.prove(batch_of(rank, 100))
+            for epoch, whose in enumerate(((0,), (1,), (0, 1))):
+                if rank in whose:
+                    monitor.log_batch([1, 1, 2, 3], epoch=epoch)
+                train(model, optimizer, rank, range(1 + 4 * epoch, 5 + 4 * epoch))
+        found[str(proves)] = [one.doubt for one in alarms.samples]
+        found["seconds"] = max(time.monotonic() - begin, found.get("seconds", 0.0))
+    return found
 
 
 def apart(rank: int, world: int) -> Any:
@@ -212,5 +234,5 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
                 ranks,
                 quiet(lambda rank, world, name=name, flaw=flaw: flawed(rank, name, flaw)),  # type: ignore[misc]
             )
-    for work in (on_rank_0_alone, one_sample, at_rest, other_metrics, apart):
+    for work in (on_rank_0_alone, one_sample, at_rest, apart_after_alarms, other_metrics, apart):
         yield work.__name__, ranks, quiet(work)

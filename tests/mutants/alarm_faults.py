@@ -9,6 +9,35 @@ _SCALER = "trajectory/test_trajectory_scaler.py"
 _UNEXPLAINED, _FLIGHT, _LATE = "alarms/test_unexplained.py", "recording/test_flight.py", "monitor/test_late_names.py"
 
 ALARM_MUTANTS = (
+    # ---- when steps are looked at, and with what they are compared
+    Mutant(
+        "a loop that seldom logs is waited for",
+        "lipcore/alarms/waiting.py",
+        "max(self._logged, logged_to, self._newest - _MOST)",
+        "max(self._logged, self._newest - _MOST)",
+        ("alarms/test_alarm_lag.py::test_lag",),
+    ),
+    Mutant(
+        "what is logged waits for the next call",
+        "lipcore/monitor/logged_queue.py",
+        "        if self._waiting or self._copied is not None:\n            self._look(last)\n",
+        "",
+        ("alarms/test_alarm_lag.py::test_a_loss_that_is_seldom_logged_is_looked_at_when_it_comes",),
+    ),
+    Mutant(
+        "a layer that does not move is compared with steps in which it does",
+        "lipcore/alarms/still.py",
+        "usual = still & (~self._moved | (step - self._last <= _MEMORY))",
+        "usual = still & ~self._moved",
+        ("alarms/test_still.py",),
+    ),
+    Mutant(
+        "a layer that does not move is never told",
+        "lipcore/alarms/still.py",
+        "(step - self._last <= _MEMORY)",
+        "(step - self._last <= 10 * _MEMORY)",
+        ("alarms/test_still.py::test_one_that_has_always_moved_is_told_once",),
+    ),
     # ---- snapshots
     Mutant(
         "a file has its name before it is whole",
@@ -64,7 +93,7 @@ ALARM_MUTANTS = (
         "lipcore/monitor/alarmed.py",
         "        super()._shut()\n        self._write_snapshot()\n",
         "        super()._shut()\n",
-        (f"{_AMID}::test_a_training_that_ends_between_sams_steps_says_so",),
+        (f"{_AMID}::test_so_does_one_that_an_error_ends_there",),
     ),
     Mutant(
         "what a killed process has left half stays",
@@ -78,7 +107,7 @@ ALARM_MUTANTS = (
         "lipcore/recording/excerpt.py",
         '"steps": "last >= :first",',
         '"steps": "first > :first",',
-        (f"{_SNAPSHOTS}::test_states_and_the_last_steps_of_the_record",),
+        ("recording/test_excerpt.py",),
     ),
     # ---- samples after an alarm
     Mutant(
@@ -152,7 +181,14 @@ ALARM_MUTANTS = (
         "                pass\n",
         ("report/test_doubts.py::test_a_doubt_comes_with_the_norms_of_its_step",),
     ),
-    # ---- movement that is looked for in turns, and rings of means
+    # ---- movement that the optimizer did not make, in the step's own pass or in turns, and rings of means
+    Mutant(
+        "movement has a pass of its own in every training",
+        "lipcore/trajectory/unexplained.py",
+        "if not by_each and self._has_taken():",
+        "if by_each and self._has_taken():",
+        ("alarms/test_movement_ways.py",),
+    ),
     Mutant(
         "the first parameters have every turn",
         "lipcore/trajectory/unexplained.py",
@@ -165,7 +201,7 @@ ALARM_MUTANTS = (
         "lipcore/trajectory/unexplained.py",
         "            self._scores.fill_(torch.nan)\n",
         "            pass\n",
-        (f"{_UNEXPLAINED}::test_in_turns_what_lasts_is_found_once_and_what_does_not_where_its_turn_is",),
+        (f"{_UNEXPLAINED}::test_in_turns_nothing_is_known_of_those_whose_turn_it_is_not",),
     ),
     Mutant(
         "copies outlive the training",

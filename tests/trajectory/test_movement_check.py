@@ -123,6 +123,7 @@ def test_what_it_refuses() -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({name: entries[:3] for name, entries in taken.items()}, "^params: expected 4 tensors, one per place, got 3"),
         (taken | {"previous": [None, *taken["previous"][1:]]}, r"^previous\[0\]: is missing"),
+        (taken | {"previous": None}, r"^previous\[0\]: is missing"),
         (taken | {"first": [torch.zeros(2), *taken["first"][1:]]}, r"^first\[0\]: expected shape"),
         (taken | {"rules": RULES[:1]}, "^rules: expected 4 rules"),
     ]

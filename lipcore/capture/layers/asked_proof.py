@@ -8,6 +8,10 @@ from dataclasses import dataclass
 _NO_PASS = "the model was not called in the pass that was to be proved"
 
 
+class Disproved(ValueError):
+    """The error that says that the samples of a pass depend on each other."""
+
+
 @dataclass
 class AskedProof:
     """State of a proof that was asked for. It is thrown away with it: nothing of a pass that was broken off

@@ -91,6 +91,7 @@ class LayerCapture:
         self.resting = self.passes.recording  # what has stopped, or is closed, will not go on: it is at nobody's rest
         if self._compiled or self.proofs.sharded:
             self.active = False
+            self.proofs.await_call()
             return
         self.tapped.detach()
         self.proofs.withdraw()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lipcore.capture.graph.orders import WRITES, Orders
-from lipcore.capture.layers.asked_proof import AskedProof
+from lipcore.capture.layers.asked_proof import AskedProof, Disproved
 from lipcore.capture.layers.batch_places import BatchPlaces, Seen, misplaced
 from lipcore.capture.layers.findings import Findings, done_of
 from lipcore.capture.layers.layer_pass import LayerPass
@@ -43,6 +43,7 @@ NOT_RUN_OUTPUT = (
 )
 NOT_ASKED = "prove=False was passed"
 _NOT_YET = "no batch of {0} samples was proved yet"
+_ASK = _NOT_YET + ", and after alarms no pass of a sharded model proves itself; call monitor.prove(batch) on all ranks"
 _FAILED = "its graph allows no other backward pass ({0})"
 _MEMORY = "another backward pass needs about {0} MB, and {1} MB are free"
 _NOT_RUN = "statistics over the batch that the model may detach were not looked for: {0}"
@@ -56,10 +57,6 @@ _WRAPPERS = ("FullyShardedDataParallel",)  # whose hooks expect one backward pas
 _PAST = (
     "the loss reaches layer '{0}' past the output that proofs begin at (output=); name the one by which all of it comes"
 )
-
-
-class Disproved(ValueError):
-    """The error that says that the samples of a pass depend on each other."""
 
 
 class Proofs:
@@ -104,6 +101,7 @@ class Proofs:
         if self._ranks is not None:
             self._ranks.announce(1)
         self._asked = 0  # proofs
+        self._by_number = True  # passes are proved that nobody asks for
 
     @property
     def together(self) -> bool:
@@ -128,6 +126,11 @@ class Proofs:
         if self._ranks is not None:
             self._ranks.withdraw(self._schedule.passes)
 
+    def await_call(self) -> None:
+        """Prove what is asked for alone where ranks share a model, as others rest while this one records passes."""
+        self._by_number = self._ranks is None
+        self.withdraw()
+
     def begin(self, run: LayerPass, arguments: tuple[Any, ...], keywords: dict[str, Any], first: Tensor | None) -> None:
         """Keep the arguments and the state that a pass begins with, where it is to be proved."""
         if not self._wanted or first is None:
@@ -138,7 +141,7 @@ class Proofs:
         self._begun = None
         run.kind = first.dim(), run.batch.size
         run.shape = tuple(first.shape)
-        due = self.asked is not None or self._schedule.due(tuple(first.shape), run.batch.size)
+        due = self.asked is not None or (self._schedule.due(tuple(first.shape), run.batch.size) and self._by_number)
         run.adds_up = self.asked is None and (due or self._schedule.adds_up(self._model))
         if self._ranks is not None and self.asked is None and self._schedule.due_next():
             self._ranks.announce(self._schedule.passes + 1)
@@ -202,7 +205,8 @@ class Proofs:
                 self._watch_past(run, output, chosen, known)
         if run.batch.size > 1:
             found = self._known.get(run.kind)
-            run.unproved = _NOT_YET.format(run.batch.size) if found is None else found.reason or found.past
+            why = _NOT_YET if self._by_number else _ASK
+            run.unproved = why.format(run.batch.size) if found is None else found.reason or found.past
             if found is not None:
                 run.unseen, run.unreached, run.left_out = found.unseen, found.unreached, found.left_out
                 left_out = any(run.tapped.get(number) for number in found.left_out.values())  # has a reason of its own
@@ -232,9 +236,8 @@ class Proofs:
             graph = Graph(run, output, self._sites)
             seeds = seeds_of(output, run.batch, _places(seen))
             found = self._weighed(run, output, seeds, graph, before.bytes)
-            if (
-                found.wrong and seen is None and not self.sharded
-            ):  # a tensor of parameters alone may be as large as the batch
+            # A tensor of parameters alone may be as large as the batch.
+            if found.wrong and seen is None and not self.sharded:
                 seen = self._places.look(run, output)
                 elsewhere = seeds_of(output, run.batch, _places(seen))
                 if elsewhere.differ(seeds):
