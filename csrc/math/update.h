@@ -87,8 +87,8 @@ LIPCORE_INLINE UpdateStep<V> update_of(V w, V a, V b, const UpdateCoefficients<V
   }
 }
 
-// Sums over the elements of one tensor, or of one chunk of it. Of `step`, m2_increment stays 0: a mean is what this way of
-// knowing dw does without.
+// Sums over the elements of one tensor, or of one chunk of it. Of `step`, m2_increment stays 0: a mean is what this way
+// of knowing dw does without.
 struct UpdateSums {
   StepSums step;
   double direction_sq;      // sum u^2; 0 where nothing is normalised

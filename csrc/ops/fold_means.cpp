@@ -56,8 +56,7 @@ bool fits(const BlockMeans& block, const TensorView& earlier, size_t i, dlpack::
     return other.dtype == dtype && other.numel == last.numel && other.same_device(last);
   };
   return last.device.type == device.type && last.device.id == device.id && last.dtype != DType::kInt64 &&
-         beside(block.reference[i], last.dtype) && beside(block.deviation[i], wide) &&
-         beside(earlier, DType::kFloat64);
+         beside(block.reference[i], last.dtype) && beside(block.deviation[i], wide) && beside(earlier, DType::kFloat64);
 }
 
 }  // namespace

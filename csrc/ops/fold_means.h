@@ -14,8 +14,9 @@ struct BlockMeans {
 };
 
 // Merges blocks of a long window: earlier[i] becomes the mean of both, the block's weighing share[i], and gap_sq[i] is
-// how far apart they were, squared. earlier is float64: in float32 the roundings of two thousand merges would be 8e-6 of
-// the variance. Dense, all on one device, where share and gap_sq are too; every 512 steps, so a plain loop is enough.
+// how far apart they were, squared. earlier is float64: in float32 the roundings of two thousand merges would be 8e-6
+// of the variance. Dense, all on one device, where share and gap_sq are too; every 512 steps, so a plain loop is
+// enough.
 bool fold_means(const BlockMeans& block, const std::vector<TensorView>& earlier, const double* share, double* gap_sq,
                 dlpack::Device device);
 

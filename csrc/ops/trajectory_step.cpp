@@ -162,11 +162,16 @@ bool trajectory_step(const std::vector<TensorView>& params, const std::vector<Te
     if (!w.is_dense()) return fail({"params", index}, "is not dense memory; pass a contiguous copy");
     if (!w.same_device(params[0]))
       return fail({"params", index}, "is on another device than params[0]; put all on one");
-    if (!check_state(prev[i], w, {"prev", index}, w.dtype) ||
-        !check_state(deviation[i], w, {"deviation", index}, wide))
+    if (!check_state(prev[i], w, {"prev", index}, w.dtype) || !check_state(deviation[i], w, {"deviation", index}, wide))
       return false;
-    items[i] = {w.data,  prev[i].data, deviation[i].data, nullptr,
-                w.numel, w.dtype,      false,             share_before(static_cast<double>(count))};
+    items[i] = {w.data,
+                prev[i].data,
+                deviation[i].data,
+                nullptr,
+                w.numel,
+                w.dtype,
+                false,
+                share_before(static_cast<double>(count))};
     counts[i] = w.numel;
     if (!w.numel) continue;
     auto add = [&](const TensorView& view, bool written, const char* name) {
