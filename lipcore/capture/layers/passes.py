@@ -31,6 +31,12 @@ _CHAINED = (
 )
 
 
+_COMPILED_WITHIN = (
+    "a compiled module runs inside a checkpoint with use_reentrant=True, whose own backward pass may belong to another "
+    "forward pass; use use_reentrant=False"
+)
+
+
 class Passes:
     """The forward passes of one model, from their beginning until the end of their backward pass.
 
@@ -271,6 +277,8 @@ class Passes:
     def probe_comes_back(self, run: LayerPass) -> None:
         """Note that a compiled region's probe of a pass got its gradient."""
         task = in_backward()
+        if run.entered not in (INNER, task):
+            run.spoiled = _COMPILED_WITHIN
         if self.recording and not is_proof() and run.begin_task(task):
             queue_callback(lambda: self._end_backward(run, task))
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipcore.capture.compiled import await_second_run, forget_second_runs
 from lipcore.capture.gradient_sums import GradientSums
 from lipcore.capture.graph.graph_ways import REFUSED, GraphWays
 from lipcore.capture.graph.orders import Orders
@@ -196,7 +197,10 @@ class TappedModel:
     @counted
     def _begin_forward(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         passes = self._passes
-        if torch.compiler.is_compiling() or not self._is_meant() or passes.goes_on(module):
+        if torch.compiler.is_compiling():
+            return
+        forget_second_runs()
+        if not self._is_meant() or passes.goes_on(module):
             return
         self.release_factors()
         if not passes.before_forward():
@@ -313,6 +317,8 @@ class TappedModel:
             except Exception as error:
                 passes.fail(error)
         passes.await_backward(run, output)
+        if run.probes:
+            await_second_run(output, run.probes)
         return self._tap_output(run, output) if self._options.normalized else None
 
     def _look_at_one(self, run: LayerPass, arguments: tuple[Any, ...], output: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lipcore.capture.compiled import await_second_run, forget_second_runs
 from lipcore.capture.taps.batch_of_one import ends_of_chain, shortcut_hooks
 from lipcore.capture.taps.collector import Collector
 from lipcore.capture.taps.compile_probes import Probes
@@ -193,6 +194,7 @@ class Capture:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if torch.compiler.is_compiling() or is_given_pass():
             return None
+        forget_second_runs()
         if not is_training_forward():
             return self._begin_again(arguments, keywords or {})
         collector = self._collector
@@ -243,6 +245,8 @@ class Capture:
         result = last.tap(module, arguments, output) if last is not None else None
         if self._compiled:
             self._probes.disarm()
+            if micro is not None and micro.probes and output is not None:
+                await_second_run(output, {site.number: probe for site, probe in micro.probes.items()})
         for at in self._inputs:
             at.end(output, compiled=self._compiled)
         if under_way.micro is not None:
