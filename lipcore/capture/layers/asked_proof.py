@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 _NO_PASS = "the model was not called in the pass that was to be proved"
 
+#: Why a pass is not proved, with its samples; and where only the user's prove() proves any.
+NOT_YET = "no batch of {0} samples was proved yet"
+ASK = NOT_YET + ", and after alarms no pass of a sharded model proves itself; call monitor.prove(batch) on all ranks"
+
 
 class Disproved(ValueError):
     """The error that says that the samples of a pass depend on each other."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lipcore.capture.graph.orders import WRITES, Orders
-from lipcore.capture.layers.asked_proof import AskedProof, Disproved
+from lipcore.capture.layers.asked_proof import ASK, NOT_YET, AskedProof, Disproved
 from lipcore.capture.layers.batch_places import BatchPlaces, Seen, misplaced
 from lipcore.capture.layers.findings import Findings, done_of
 from lipcore.capture.layers.layer_pass import LayerPass
@@ -42,8 +42,6 @@ NOT_RUN_OUTPUT = (
     "the model return its output too, and name that"
 )
 NOT_ASKED = "prove=False was passed"
-_NOT_YET = "no batch of {0} samples was proved yet"
-_ASK = _NOT_YET + ", and after alarms no pass of a sharded model proves itself; call monitor.prove(batch) on all ranks"
 _FAILED = "its graph allows no other backward pass ({0})"
 _MEMORY = "another backward pass needs about {0} MB, and {1} MB are free"
 _NOT_RUN = "statistics over the batch that the model may detach were not looked for: {0}"
@@ -205,7 +203,7 @@ class Proofs:
                 self._watch_past(run, output, chosen, known)
         if run.batch.size > 1:
             found = self._known.get(run.kind)
-            why = _NOT_YET if self._by_number else _ASK
+            why = NOT_YET if self._by_number else ASK
             run.unproved = why.format(run.batch.size) if found is None else found.reason or found.past
             if found is not None:
                 run.unseen, run.unreached, run.left_out = found.unseen, found.unreached, found.left_out
