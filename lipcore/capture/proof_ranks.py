@@ -2,8 +2,9 @@
 that ran its passes alone would wait for ever.
 
 A metric may be on one rank only, or have stopped on one. Each rank announces a proof in the store before the forward
-pass in question begins, and looks when it has ended. In between it has gathered parameters from all ranks, so every
-announcement is there, and all ranks see the same numbers. A rank that was once alone stays out.
+pass in question begins, and looks when it has ended. In between it has gathered parameters from all ranks that share
+them, so every announcement is there, and all ranks see the same numbers. (Other replicas of HSDP may be late, and then
+all are out.) A rank that was once alone stays out: proofs that the user asks for are its only ones.
 
 What the passes are follows from the graph, and that may follow from a rank's own batch: so before any is run all ranks
 say which they would run. That is decided once: by the last that comes, or the first that would run others.
@@ -55,6 +56,11 @@ class Ranks:
         self._announced: set[int] = set()
         self._out = False
         self._settled: set[str] = set()
+
+    @property
+    def is_out(self) -> bool:
+        """True where this rank takes part in no more proofs but those that all ranks are asked for."""
+        return self._out
 
     def announce(self, number: int) -> None:
         """Announce that this rank will prove the pass of this number, which has not begun."""

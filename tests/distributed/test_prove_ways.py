@@ -18,6 +18,7 @@ _PARALLEL = r"'a.weight': module 'a' \(Linear\): a DTensor \(tensor parallel\) h
 ANSWERS = {
     "hsdp_at_0": ("", ""),
     "hsdp_at_2": ("", ""),
+    "late_hsdp_at_2": ("", ""),
     "static_graph_at_0": (f"rank 0: {_STATIC}; rank 1: {_STATIC}", ""),
     "static_graph_at_2": ("", ""),
     "compiled_ddp_at_0": (_TOLD, _TOLD),
@@ -51,7 +52,7 @@ def test_what_is_said_and_that_the_training_goes_on(found: Found, name: str) -> 
         assert numbers["answers"] == found[name][0]["answers"]
 
 
-@pytest.mark.parametrize("name", ["hsdp_at_0", "hsdp_at_2", "static_graph_at_2"])
+@pytest.mark.parametrize("name", ["hsdp_at_0", "hsdp_at_2", "late_hsdp_at_2", "static_graph_at_2"])
 def test_windows_after_a_proof_are_exact(found: Found, name: str) -> None:
     for numbers in found[name]:
         assert numbers["labels"][1] == "exact"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,13 @@ def hsdp(world: int) -> Any:
     return fsdp(plain(), init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards")))
 
 
+def late_hsdp(world: int) -> Any:
+    """A replica begins when the other has made its first pass, in which it finds itself alone."""
+    model = hsdp(world)
+    time.sleep(2.0 * (torch.distributed.get_rank() // (world // 2)))
+    return model
+
+
 def tensor_parallel(world: int) -> Any:
     torch.manual_seed(0)
     return planned(Columns().double(), init_device_mesh("cpu", (world,)))
@@ -45,6 +53,7 @@ def compiled_fsdp2(world: int) -> Any:
 #: How a model is wrapped, on how many ranks, and before which steps proofs begin.
 WAYS: dict[str, tuple[Callable[[int], Any], int, tuple[int, ...]]] = {
     "hsdp": (hsdp, 4, (0, 2)),
+    "late_hsdp": (late_hsdp, 4, (2,)),
     "tensor_parallel": (tensor_parallel, 2, (0, 2)),
     "static_graph": (static_graph, 2, (0, 2)),
     "compiled_ddp": (compiled_ddp, 2, (0,)),

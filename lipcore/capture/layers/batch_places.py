@@ -37,6 +37,11 @@ class Seen(NamedTuple):
     shapes: Shapes
 
 
+def seen_places(seen: Seen | None) -> OutputPlaces | None:
+    """Return where the samples are in the output, as far as a pass on one more has shown it."""
+    return None if seen is None else seen.places
+
+
 class BatchPlaces:
     """The passes on one sample more that show where the batch is.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lipcore.capture.graph.orders import WRITES, Orders
 from lipcore.capture.layers.asked_proof import ASK, NOT_YET, AskedProof, Disproved
-from lipcore.capture.layers.batch_places import BatchPlaces, Seen, misplaced
+from lipcore.capture.layers.batch_places import BatchPlaces, misplaced, seen_places
 from lipcore.capture.layers.findings import Findings, done_of
 from lipcore.capture.layers.layer_pass import LayerPass
 from lipcore.capture.layers.layer_site import LayerSite
@@ -20,7 +20,7 @@ from lipcore.capture.layers.proof_output import ProofOutput
 from lipcore.capture.layers.proof_schedule import ProofSchedule
 from lipcore.capture.layers.proved_operations import ProvedOperations, kinds_of_nodes
 from lipcore.capture.layers.sample_proof import Verdict, verdict
-from lipcore.capture.output_places import OutputPlaces, is_clear
+from lipcore.capture.output_places import is_clear
 from lipcore.capture.own_nodes import gradients_begun, nodes_of_others
 from lipcore.capture.proof_ranks import SHARDED_SINCE, Ranks
 from lipcore.capture.sample_ids import SampleIds
@@ -229,15 +229,17 @@ class Proofs:
     def _prove(self, run: LayerPass, output: Any, before: Before, known: Findings) -> dict[str, str]:
         if run.batch.size < 2 and not self.sharded:  # whose passes run on every rank
             return {}
+        if self.asked is None and self._ranks is not None and self._ranks.is_out and not known.reason:
+            return {}  # proved when the user asked for it; this pass cannot be
         seen = None if is_clear(output, run.batch) else self._places.look(run, output)
         try:
             graph = Graph(run, output, self._sites)
-            seeds = seeds_of(output, run.batch, _places(seen))
+            seeds = seeds_of(output, run.batch, seen_places(seen))
             found = self._weighed(run, output, seeds, graph, before.bytes)
             # A tensor of parameters alone may be as large as the batch.
             if found.wrong and seen is None and not self.sharded:
                 seen = self._places.look(run, output)
-                elsewhere = seeds_of(output, run.batch, _places(seen))
+                elsewhere = seeds_of(output, run.batch, seen_places(seen))
                 if elsewhere.differ(seeds):
                     seeds, found = elsewhere, self._weighed(run, output, elsewhere, graph, before.bytes)
         except Disproved:
@@ -246,7 +248,7 @@ class Proofs:
             known.reason = _FAILED.format(f"{type(error).__name__}: {str(error)[:200]}")
             return {}
         if self._output.is_named:
-            run.begins = Begins(output, run.batch, _places(seen), named=True)
+            run.begins = Begins(output, run.batch, seen_places(seen), named=True)
         if seen is not None and not seeds.outputs:
             found.wrong |= misplaced(run, self._sites, seen.shapes)
         if run.batch.size < 2:
@@ -394,7 +396,3 @@ class Proofs:
         when = "proved: every sample, in passes 1, 64, 128, ... and where shapes are new"
         took = f", with about {-(-self.bytes // 1024)} KB beside the pass" if self.bytes else ""
         return f"not proved: {'; '.join(reasons)}" if reasons else when + took
-
-
-def _places(seen: Seen | None) -> OutputPlaces | None:
-    return None if seen is None else seen.places
