@@ -126,15 +126,16 @@ class Even(nn.Module):
         return found
 
 
-def between_forward_and_backward(rank: int, world: int, mesh: Any = None) -> dict[str, Any]:
-    """Windows are merged where fully_shard() has gathered what the root holds."""
+def merged_in_between(
+    rank: int, world: int, metrics: list[Any], *, mesh: Any = None, most: float | None = None
+) -> list[Any]:
+    """Windows that are merged where fully_shard() has gathered what the root holds; `most` clips gradients."""
     from torch.distributed.fsdp import fully_shard
 
     kept = {} if mesh is None else {"mesh": mesh}
     model: Any = made(Even)
     fully_shard(model.a, **kept)
     fully_shard(model, **kept)
-    metrics = [Trajectory(stats=STATS), PerSampleGradNorms(loss_reduction="mean")]
     optimizer, monitor = monitored(model, metrics=metrics)
     found = []
     with monitor:
@@ -144,9 +145,16 @@ def between_forward_and_backward(rank: int, world: int, mesh: Any = None) -> dic
             if (window := monitor.global_window()) is not None:
                 found.append(window)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            if most is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), most)
             optimizer.step()
         found.append(monitor.global_window())
+    return found
+
+
+def between_forward_and_backward(rank: int, world: int, mesh: Any = None) -> dict[str, Any]:
+    metrics = [Trajectory(stats=STATS), PerSampleGradNorms(loss_reduction="mean")]
+    found = merged_in_between(rank, world, metrics, mesh=mesh, most=0.3)
     return errors(found, truth(made(Even), data_of(range(world)))) | {"noise": [w[NAME].details for w in found]}
 
 
@@ -155,22 +163,7 @@ def between_in_hsdp(rank: int, world: int) -> dict[str, Any]:
 
 
 def noise_between(rank: int, world: int) -> dict[str, Any]:
-    from torch.distributed.fsdp import fully_shard
-
-    model: Any = made(Even)
-    fully_shard(model.a)
-    fully_shard(model)
-    optimizer, monitor = monitored(model, metrics=[PerSampleGradNorms(loss_reduction="mean")])
-    found = []
-    with monitor:
-        for x, y in data_of(range(world))[rank]:
-            optimizer.zero_grad()
-            loss = F.mse_loss(model(x), y)
-            if (window := monitor.global_window()) is not None:
-                found.append(window)
-            loss.backward()
-            optimizer.step()
-        found.append(monitor.global_window())
+    found = merged_in_between(rank, world, [PerSampleGradNorms(loss_reduction="mean")])
     return compared(found, Truth(made(Even)).windows(data_of(range(world))))
 
 

@@ -29,8 +29,6 @@ _CHAINED = (
     "the input of a forward pass depends on the model's own parameters (the output of another forward pass), so its "
     "samples' gradients are spread over several passes; detach() it where that is not meant"
 )
-
-
 _COMPILED_WITHIN = (
     "a compiled module runs inside a checkpoint with use_reentrant=True, whose own backward pass may belong to another "
     "forward pass; use use_reentrant=False"
