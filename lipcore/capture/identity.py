@@ -24,6 +24,8 @@ def same_memory(x: Tensor) -> Tensor:
 
 def passed_on(ctx: Any, output: Tensor, in_place_after: InPlaceAfter) -> Tensor:
     """Return an output as a Function's that autograd takes for a new tensor, where that is needed."""
+    if hasattr(output, "placements"):  # its hooks may make a plain tensor of it, which what follows may write into
+        return output.view_as(output)
     if in_place_after == "copy":
         return output.clone()
     if in_place_after:

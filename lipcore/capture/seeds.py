@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lipcore.capture.output_places import OutputPlaces
 from lipcore.layers import Batch
+from lipcore.models.dtensors import is_partial, placed_as
 from lipcore.models.outputs import tensors_of
 
 _SCALE = 16.0
@@ -50,7 +51,8 @@ class Seeds(NamedTuple):
             noise = _SCALE * torch.randn(output.shape, generator=generator, device="cpu")
             shape = [1] * output.dim()
             shape[dim] = -1
-            found.append((noise.to(output.dtype) * weights[samples].to(output.dtype).reshape(shape)).to(output.device))
+            whole = noise.to(output.dtype) * weights[samples].to(output.dtype).reshape(shape)
+            found.append(placed_as(whole, output).to(output.device))
         return found
 
 
@@ -89,7 +91,7 @@ def seeds_of(output: Any, batch: Batch, places: OutputPlaces | None = None) -> S
     outputs, dims, whose = [], [], []
     for tensor in returned:
         dim = batch.dim if batch.offsets is None and tensor.dim() > batch.dim else 0
-        if tensor.grad_fn is None or not tensor.is_floating_point() or not tensor.dim():
+        if tensor.grad_fn is None or not tensor.is_floating_point() or not tensor.dim() or is_partial(tensor):
             continue
         order = next((order for order in orders if tensor.shape[dim] == len(order)), None)
         if order is None or (dim and tensor.shape[0] == len(order)):

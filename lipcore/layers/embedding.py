@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -10,7 +10,9 @@ from lipcore.layers.calls import is_trainable, tensor_argument
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_indexed import Indexed
 from lipcore.layers.registry import register
-from lipcore.layers.rule import Batch, Rule
+from lipcore.layers.rule import Batch, Cut, Rule
+from lipcore.models.dtensors import local_of
+from lipcore.models.torch_internals import shard_of
 
 SCALED_BY_BATCH = (
     "scale_grad_by_freq=True divides a token's gradient by its number in the whole batch, so that samples are mixed; "
@@ -25,6 +27,7 @@ class EmbeddingRule(Rule):
 
     methods = ()
     how = SUMS_OVER_INDICES
+    cuts: ClassVar = {"weight": {0: Cut(), 1: Cut(output=-1)}}
 
     def refuses(self, module: Any) -> str:
         return SCALED_BY_BATCH if module.scale_grad_by_freq else ""
@@ -34,21 +37,30 @@ class EmbeddingRule(Rule):
     ) -> tuple[tuple[Tensor, ...], Any]:
         indices = tensor_argument(arguments, keywords)
         batch.check(indices, 0)
-        return ((indices,) if is_trainable(module, "weight") else ()), batch
+        if not is_trainable(module, "weight"):
+            return (), batch
+        weight = module.weight
+        if not hasattr(weight, "placements"):
+            return (indices,), batch
+        (rows, _), (first, _) = shard_of(weight)
+        if rows == len(weight):
+            return (indices,), batch
+        indices = local_of(indices) - first
+        elsewhere = (indices < 0) | (indices >= rows)  # in the part of another rank
+        if module.padding_idx is not None:
+            elsewhere |= indices == module.padding_idx - first
+        return (indices.masked_fill(elsewhere, 0), elsewhere), batch
 
     def factors(self, module: Any, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
         if not saved:
             return {}
         batch: Batch = extra
-        return {
-            "weight": Indexed(
-                batch.tokens(saved[0], 0),
-                batch.tokens(grad_output),
-                module.num_embeddings,
-                padding_idx=module.padding_idx,
-                offsets=batch.offsets,
-            )
-        }
+        indices, grad = batch.tokens(saved[0], 0), batch.tokens(grad_output)
+        rows, padding = module.num_embeddings, module.padding_idx
+        if len(saved) > 1:  # of some rows, and the gradient of the others is none here
+            grad = grad.masked_fill(batch.tokens(saved[1], 0).unsqueeze(-1), 0)
+            rows, padding = shard_of(module.weight)[0][0], None
+        return {"weight": Indexed(indices, grad, rows, padding_idx=padding, offsets=batch.offsets)}
 
 
 register(nn.Embedding, EmbeddingRule())

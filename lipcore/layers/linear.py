@@ -2,7 +2,7 @@ r"""Linear layers, :math:`y = x W^T + b` over the last dimension."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -12,11 +12,12 @@ from lipcore.layers.factor import Factor
 from lipcore.layers.factor_outer import Outer
 from lipcore.layers.factor_sums import RowSum
 from lipcore.layers.registry import register
-from lipcore.layers.rule import BY_SIZES, GRAM_OR_DIRECT, Batch, Rule
+from lipcore.layers.rule import BY_SIZES, GRAM_OR_DIRECT, Batch, Cut, Rule
 
 
 class LinearRule(Rule):
     methods = (*GRAM_OR_DIRECT, "estimate")
+    cuts: ClassVar = {"weight": {0: Cut(output=-1), 1: Cut(input=-1)}, "bias": {0: Cut(output=-1)}}
 
     def fuses(self, module: nn.Module) -> bool:
         return type(module).forward is nn.Linear.forward

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -47,6 +48,14 @@ class Batch:
             )
 
 
+class Cut(NamedTuple):
+    """The dimensions along which a layer's input and the gradient at its output lie in parts on several ranks (from the
+    end, negative); None: each rank has the whole."""
+
+    input: int | None = None
+    output: int | None = None
+
+
 #: Methods of a factor whose rows meet each other, or are multiplied out.
 GRAM_OR_DIRECT = ("gram", "direct")
 BY_SIZES = "Gram or direct, by the sizes"
@@ -65,6 +74,8 @@ class Rule(ABC):
             each forward pass, and batches of one are not read from the gradients.
         in_place_after: an in-place activation may follow directly: the layer's backward pass does not need its output,
             which is no part of a tuple. Asked of layers whose forward is torch's own.
+        cuts: per parameter that may lie in parts on several ranks (tensor parallelism), by the dimension along which it
+            is cut: how input and output lie then, where :meth:`factors` makes of them the gradient of this rank's part.
         beside: for messages, what an output beside the first is, and how to do without it; "" where nothing is known.
     """
 
@@ -72,6 +83,7 @@ class Rule(ABC):
     how: ClassVar[str] = ""
     may_mix_samples: ClassVar[bool] = False
     in_place_after: ClassVar[bool] = True
+    cuts: ClassVar[Mapping[str, Mapping[int, Cut]]] = {}
     beside: ClassVar[str] = ""
 
     def refuses(self, module: nn.Module) -> str:

@@ -19,6 +19,7 @@ from lipcore.models.accumulation import without_accumulation
 from lipcore.models.chains import home_of
 from lipcore.models.containers import exchanged_leaves, fixed_container, leaves_of
 from lipcore.models.drawing_operations import DrawingOperations
+from lipcore.models.dtensors import local_of
 from lipcore.models.gathered import is_spread
 from lipcore.models.outputs import tensors_of
 from lipcore.models.pause import paused
@@ -224,7 +225,7 @@ def why_not_again(model: nn.Module, arguments: Any, keywords: Any, *, together: 
 
 
 def _of(tensor: Tensor, dim: int, whose: Tensor, sample: int) -> Tensor:
-    return rows_at(tensor.detach(), dim, (whose == sample).nonzero().flatten().to(tensor.device))
+    return rows_at(local_of(tensor.detach()), dim, (whose == sample).nonzero().flatten().to(tensor.device))
 
 
 def _differing(
@@ -236,7 +237,7 @@ def _differing(
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Return whether two outputs agree, or the first is not finite."""
-    one, other = one.detach(), other.detach()
+    one, other = local_of(one.detach()), local_of(other.detach())
     if torch.equal(one, other) or not bool(one.isfinite().all()):
         return True
     allowed = _ROUNDING.get(one.dtype, _ROUNDING_HALF)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lipcore.capture.layers.packed import batch_of_call, check_rows
 from lipcore.layers import Batch, Rule
+from lipcore.models.dtensors import local_of
 
 _SAVED = (
     "save() of its rule {0} is to return (tensors, extra), a tuple or list of tensors and anything else that factors() "
@@ -65,7 +66,7 @@ def saved_of(rule: Rule, module: nn.Module, arguments: Any, keywords: Any, batch
     if any(tensor.layout != torch.strided for tensor in saved):
         raise ValueError("is called with a sparse tensor")
     # No edges of the graph: a saved parameter would seem to be used once more.
-    return [t.detach() for t in saved], extra
+    return [local_of(t.detach()) for t in saved], extra
 
 
 def expanded(batch: Batch, arguments: tuple[Any, ...], output: Tensor) -> tuple[Batch, tuple[Any, ...], Tensor]:

@@ -25,13 +25,17 @@ from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.other_outputs import watch, watch_probed, why_not
 from lipcore.capture.layers.packed import batch_of_call
 from lipcore.capture.layers.passes import Passes
-from lipcore.capture.layers.site_functions import Probed, Refused, Strayed, Tapped
+from lipcore.capture.layers.placed_call import check_inputs, cut_of, here
+from lipcore.capture.layers.site_functions import InertHook, Probed, Refused, Strayed, Tapped
 from lipcore.capture.own_nodes import counted
 from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import accumulates_everything, in_backward, is_plain_run
 from lipcore.layers import Batch, Factor, Outer, Rule, norms_sq_of
 from lipcore.layers.factor_estimate import EstimatedOuter, Signs
 from lipcore.layers.registry import type_with_rule
+from lipcore.layers.rule import Cut
+from lipcore.models.dtensors import local_of
+from lipcore.models.tensor_parallel import PartRanks
 from lipcore.models.torch_internals import ANY_FORWARD_HOOKS
 
 _BROADCAST = "; broadcast= names layers that are called without the batch dimension"
@@ -54,6 +58,7 @@ class LayerSite:
         names: the parameter's key in the module -> its canonical name.
         options: the settings for all layers.
         signs: the random signs of estimates, the same for all layers.
+        parts: the ranks that hold parts of parameters; None where there are none.
 
     Attributes:
         how: the way in which the weight's norms are computed, once that is known.
@@ -69,6 +74,7 @@ class LayerSite:
         names: dict[str, str],
         options: LayerOptions,
         signs: Signs,
+        parts: PartRanks | None = None,
     ) -> None:
         self.name, self.module, self.rule, self.names = name, module, rule, names
         self.how = ""
@@ -83,9 +89,10 @@ class LayerSite:
         # As attributes of its own: a compiled region looks at every attribute of what it reads these from.
         self._batch_dim, self._fused, self._normalized = options.batch_dim, options.fused, options.normalized
         self._method, self._signs = options.methods.get(name), signs
+        self._parts, self._cut = parts, Cut() if parts is None else cut_of(rule, names, parts)
 
-    def __reduce__(self) -> tuple[Callable[[], _InertHook], tuple[()]]:
-        return _InertHook, ()  # a copied or pickled model is not watched
+    def __reduce__(self) -> tuple[Callable[[], InertHook], tuple[()]]:
+        return InertHook, ()  # a copied or pickled model is not watched
 
     @property
     def in_place_after(self) -> InPlaceAfter:
@@ -147,9 +154,9 @@ class LayerSite:
                 raise ValueError(refusal)
             if any(getattr(module._parameters.get(key), "grad_fn", None) is not None for key in self.names):
                 raise ValueError(_COMPUTED)
-            if hasattr(tensor, "placements"):
-                raise ValueError("a DTensor (tensor parallel) has no per-sample gradients on one rank")
             call = self._call_of(module, arguments, keywords, tensor, run.batches)
+            if call.saved:
+                check_inputs(arguments, keywords, self._cut)
         except Exception as error:
             if inner and self._left_at < math.inf:
                 return None  # as in the forward pass
@@ -168,7 +175,7 @@ class LayerSite:
             passes.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
             return None
         watch(output, functools.partial(self._other_output_used, run))
-        fuses = self._fused and can_fuse(self.rule, module, call.arguments, call.batch) and _site_of(tensor) is None
+        fuses = self._fused and self._parts is None and can_fuse(self.rule, module, call.arguments, call.batch) and _site_of(tensor) is None
         fuses = fuses and run.left_to_graph.isdisjoint(self.names.values())
         if not inner:
             run.tapped[self.number][-1] = "fused" if fuses else "passed on"
@@ -238,6 +245,7 @@ class LayerSite:
             return
         try:
             with torch.no_grad():
+                grad = here(grad, self._cut)
                 factors = self.rule.factors(self.module, grad, extra, *saved)
                 own = {self.names[key]: self._tuned(factor) for key, factor in factors.items() if key in self.names}
                 self.how = self.how or next((factor.how for factor in own.values() if factor.how), "")
@@ -307,6 +315,7 @@ class LayerSite:
 
     def squares_of(self, grad: Tensor, batch: Batch) -> Tensor:
         """Return the squared norm of every sample's part of a gradient at the output, float64 [B]."""
+        grad = local_of(grad)
         batch = batch_of_call(batch, grad, self.rule.feature_dims(self.module))
         if batch.offsets is None:
             return functional.sample_norms(grad.movedim(self.rule.sample_dim(self.module, grad, batch), 0)).square()
@@ -362,13 +371,6 @@ class LayerSite:
         except Exception as error:
             self._passes.fail(_named(error, self))
             return {}, {}
-
-
-class _InertHook:
-    """The stand-in for a hook in a copied model."""
-
-    def __call__(self, *_: Any) -> None:
-        return None
 
 
 def _precedes(module: nn.Module, site: LayerSite) -> bool:

@@ -77,3 +77,10 @@ class Strayed(torch.autograd.Function):
         if not is_proof():
             ctx.site.strayed()
         return grad, None
+
+
+class InertHook:
+    """The stand-in for a hook in a copied model."""
+
+    def __call__(self, *_: Any) -> None:
+        return None

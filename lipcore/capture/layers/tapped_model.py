@@ -29,6 +29,7 @@ from lipcore.capture.layers.model_hooks import ModelHooks
 from lipcore.capture.layers.model_output import tap_output
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.passes import Passes
+from lipcore.capture.layers.placed_call import leave_out_uncut, refuse_options
 from lipcore.capture.layers.proofs import Proofs
 from lipcore.capture.layers.structure import Structure
 from lipcore.capture.own_nodes import counted, gradients_begun, nodes_of_others
@@ -38,6 +39,7 @@ from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.factor_estimate import Signs
 from lipcore.models.containers import leaves_of
 from lipcore.models.names import listed
+from lipcore.models.tensor_parallel import part_ranks
 
 
 class TappedModel:
@@ -55,6 +57,7 @@ class TappedModel:
 
     Attributes:
         kept: the factors of the last record, where they are wanted.
+        parts: the ranks that hold parts of parameters (tensor parallelism), None where there are none.
     """
 
     def __init__(
@@ -82,6 +85,10 @@ class TappedModel:
             self.coverage.leave_rest_to_graph()
         if compiled:
             self.coverage.tell_compiled()
+        self.parts = part_ranks(model, self.coverage.parameters())
+        if self.parts is not None:
+            refuse_options(options, compiled=compiled)
+            leave_out_uncut(self.coverage, self.parts)
         self._audited = not options.prove  # as a compiled model
         self._structure = Structure(model)
         orders = Orders()
@@ -94,7 +101,7 @@ class TappedModel:
             orders=orders,
         )
         self.sites = [
-            LayerSite(passes, name or ROOT, module, rule, names, options, signs)
+            LayerSite(passes, name or ROOT, module, rule, names, options, signs, self.parts)
             for name, module, rule, names in self.coverage.tapped
         ]
         self._check_names()
@@ -279,7 +286,7 @@ class TappedModel:
         asks = options.offsets_of or options.note_of or options.loss_of
         one_way = options.normalized or options.keep_factors or asks
         norms_only = options.measure is norms_sq_of and not one_way
-        may = norms_only and not self._compiled and not self.coverage.may_mix and not self.coverage.by_graph
+        may = norms_only and self.parts is None and not self._compiled and not self.coverage.may_mix and not self.coverage.by_graph
         return options.fast_batch_of_one and self._audit.done and may
 
     @counted

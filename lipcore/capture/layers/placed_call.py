@@ -1,0 +1,104 @@
+"""What of a layer's call is on this rank, where a plan of tensor parallelism has cut its parameters (DTensors).
+
+The gradient of a part of a parameter comes of parts of the input and of the output's gradient, without a word of other
+ranks, where these lie as the rule says. Then the squares of the parts add up to those of the whole. Where a rank has
+other positions or samples (sequence parallelism), its rows make an addend of the gradient, whose squares do not add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lipcore.capture.layers.coverage import ParameterCoverage
+from lipcore.capture.layers.options import LayerOptions
+from lipcore.layers import Rule
+from lipcore.layers.factor import norms_sq_of
+from lipcore.layers.rule import Cut
+from lipcore.models.tensor_parallel import PartRanks
+from lipcore.models.dtensors import local_of
+
+SKIP = "on_unsupported='skip' leaves its parameters out"
+_LIES = (
+    "{0} lies on its ranks as {1}, and not {2}, so that a rank's rows make a part of the sum that a sample's gradient is "
+    "(sequence parallelism, or partial sums that are passed on), and squares of such do not add up; "
+    + SKIP
+)
+_NO_CUT = (
+    "lies in parts on several ranks (tensor parallelism, cut along dimension {0}), and a {1} has no gradient of its part "
+    "that would add up; " + SKIP
+)
+_NO_RULE = "is a DTensor (tensor parallelism), and no layer's rule measures it; " + SKIP
+_NOT_OF_PARTS = (
+    "{0}: the model's parameters lie in parts on several ranks (tensor parallelism), which add up squared norms of whole "
+    "gradients alone; leave it out"
+)
+_COMPILED = (
+    "model: is compiled, and its parameters lie in parts on several ranks (tensor parallelism): what they add up stays "
+    "inside the compiled graph; run the model in eager mode where samples' gradients are to be measured"
+)
+_WHOLE = Cut()
+
+
+def cut_of(rule: Rule, names: Mapping[str, str], parts: PartRanks) -> Cut:
+    """Return how input and output of a layer lie, by the cuts of its parameters: `names` by key."""
+    found = (rule.cuts[key][parts.cuts[name]] for key, name in names.items() if name in parts.cuts)
+    return next(found, _WHOLE)
+
+
+def refuse_options(options: LayerOptions, *, compiled: bool) -> None:
+    """Raise ValueError for what is not to be had where parameters are cut."""
+    asked = {
+        "normalized": options.normalized,
+        "keep_factors": options.keep_factors,
+        "methods": "estimate" in options.methods.values(),
+        "reference": options.measure is not norms_sq_of,
+    }
+    for argument, wanted in asked.items():
+        if wanted:
+            raise ValueError(_NOT_OF_PARTS.format(argument))
+    if compiled:
+        raise ValueError(_COMPILED)
+
+
+def leave_out_uncut(coverage: ParameterCoverage, parts: PartRanks) -> None:
+    """Uncover the parameters in parts that no rule measures as such."""
+    for _, module, rule, names in coverage.tapped:
+        for key, name in names.items():
+            dim = parts.cuts.get(name)
+            if dim is not None and dim not in rule.cuts.get(key, {}):
+                coverage.uncover(name, _NO_CUT.format(dim, type(module).__name__))
+    by_graph = coverage.by_graph
+    for name, tensor in coverage.parameters():
+        if hasattr(tensor, "placements") and name in by_graph and name in parts.on_mesh:
+            coverage.uncover(name, _NO_RULE)
+
+
+def check_inputs(arguments: Sequence[Any], keywords: Mapping[str, Any], cut: Cut) -> None:
+    """Raise ValueError where the tensors that a layer is called with do not lie as its rule says."""
+    expected = cut.input
+    for value in (*arguments, *keywords.values()):
+        if isinstance(value, Tensor):
+            _check("its input", value, expected)
+            expected = None  # the others are whole
+
+
+def here(grad: Tensor, cut: Cut) -> Tensor:
+    """Return this rank's values of the gradient at a layer's output; ValueError where they are not what its parameters'
+    gradient comes of."""
+    _check("the gradient at its output", grad, cut.output)
+    return local_of(grad)
+
+
+def _check(what: str, tensor: Tensor, cut: int | None) -> None:
+    placements = getattr(tensor, "placements", None)
+    if placements is None:
+        return
+    dim = None if cut is None else tensor.dim() + cut
+    for placement in placements:
+        right = placement.is_replicate() if dim is None else placement.is_shard(dim)
+        if not right:
+            expected = "whole" if dim is None else f"cut along dimension {dim}"
+            raise ValueError(_LIES.format(what, placement, expected))

@@ -1,0 +1,84 @@
+"""The ranks over which a plan of tensor parallelism has cut a model's parameters, and along which dimension each is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipcore.models.gathered import fully_sharded
+from lipcore.models.ranks import rank, under_process_group
+from lipcore.models.torch_internals import fsdp_groups
+
+_SEVERAL = (
+    "model: its parameters are cut over several sets of ranks ({0} and {1}), as in a plan of tensor parallelism on more "
+    "than one mesh dimension; samples' gradients are added up over one set alone. Leave the metric of single samples out"
+)
+
+
+@dataclass(frozen=True)
+class PartRanks:
+    """The ranks that hold parts of the parameters of one model, and see the same samples.
+
+    Attributes:
+        ranks: their global numbers.
+        place: of this rank among them.
+        handle: what collectives take as `group`.
+        cuts: parameter -> the dimension along which it is cut; the others are held alike.
+        on_mesh: those that are DTensors of these ranks, cut or not.
+    """
+
+    ranks: tuple[int, ...]
+    place: int
+    handle: Any = field(repr=False, compare=False)
+    cuts: Mapping[str, int] = field(compare=False)
+    on_mesh: frozenset[str] = field(compare=False)
+
+    @property
+    def counts(self) -> bool:
+        """True on the one rank that counts samples, and what all hold alike."""
+        return self.place == 0
+
+
+def part_ranks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> PartRanks | None:
+    """Return the ranks that hold parts of a model's parameters; None where a rank has them whole, but for what
+    fully_shard() gathers.
+
+    Args:
+        model: what has them.
+        parameters: (name, tensor) of each.
+
+    Raises:
+        ValueError: parameters are cut over several sets of ranks.
+    """
+    if not under_process_group():
+        return None
+    gathered = averaging_ranks(model)
+    groups: dict[tuple[int, ...], Any] = {}
+    cuts: dict[str, int] = {}
+    on_mesh: set[str] = set()
+    for name, tensor in parameters:
+        for dim, placement in enumerate(getattr(tensor, "placements", ())):
+            handle = tensor.device_mesh.get_group(dim)  # type: ignore[attr-defined]
+            ranks = tuple(torch.distributed.get_process_group_ranks(handle))
+            if len(ranks) > 1 and not gathered.issuperset(ranks):
+                groups.setdefault(ranks, handle)
+                on_mesh.add(name)
+                if placement.is_shard():
+                    cuts[name] = placement.dim
+    if not groups:
+        return None
+    if len(groups) > 1:
+        first, second, *_ = groups
+        raise ValueError(_SEVERAL.format(list(first), list(second)))
+    ((ranks, handle),) = groups.items()
+    return PartRanks(ranks, ranks.index(rank()), handle, cuts, frozenset(on_mesh))
+
+
+def averaging_ranks(model: nn.Module) -> set[int]:
+    """Return the ranks among which fully_shard() gathers and reduces, as far as this rank is concerned."""
+    meshes = (group.mesh_info.mesh for module in fully_sharded(model) for group in fsdp_groups(module))
+    return {each for mesh in meshes for each in mesh.mesh.flatten().tolist()}
