@@ -35,14 +35,19 @@ class Group:
     @property
     def device(self) -> torch.device:
         """Device of the tensors that its collectives take."""
-        if torch.distributed.get_backend(self.handle) == "nccl":
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
+        return device_of(self.handle)
 
     @property
     def store(self) -> Any:
         """Store by which its members find each other."""
         return default_store()
+
+
+def device_of(handle: Any) -> torch.device:
+    """Return the device of the tensors that collectives of a process group take."""
+    if torch.distributed.get_backend(handle) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def checked_group(group: Any) -> Any:

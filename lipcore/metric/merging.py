@@ -11,6 +11,7 @@ from lipcore.distributed.group import Group
 from lipcore.distributed.meeting import Header
 from lipcore.distributed.ownership import Ownership
 from lipcore.distributed.packed import gathered, reduced
+from lipcore.distributed.partial_sums import add_up
 from lipcore.distributed.partners import Partners
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import MetricResult
@@ -98,6 +99,7 @@ def merge(
     _check_same(what, headers, group)
     _find_owners(headers, holdings, unknown, group)
     chosen = [(offer, *_shared(offer, found, group)) for offer in offers if (found := _of_all(offer, headers))]
+    add_up([partial for offer, names, _ in chosen for name in names for partial in offer.parts[name].partials()])
     together = iter(reduced([offer.parts[name].packed() for offer, names, _ in chosen for name in names], group))
     merged = [
         Merged(offer, {name: offer.parts[name].result(next(together)) for name in names}, left_out)

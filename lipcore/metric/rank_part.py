@@ -11,6 +11,7 @@ from torch import nn
 
 from lipcore.distributed.ownership import Description, Ownership, describe
 from lipcore.distributed.packed import Packed, Together, room_for
+from lipcore.distributed.partial_sums import Partial
 from lipcore.metric.results import MetricResult
 from lipcore.models.gathered import in_parts
 
@@ -117,6 +118,11 @@ class RankPart(ABC):
 
     def hear(self, told: Sequence[dict[str, Any]]) -> None:  # noqa: B027
         """Take what the ranks have told, in their order, this one included; called before packed()."""
+
+    def partials(self) -> Sequence[Partial]:
+        """Return what the ranks that hold parts of this one's samples' gradients are to add up before packed() is
+        called; the same shapes on each of them."""
+        return ()
 
     def withdraw(self, why: str, names: Collection[str] | None = None) -> None:
         """Give up the numbers of this window, where they have not been merged yet."""

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lipcore.models.ranks import rank
+from lipcore.models.tensor_parallel import averaging_ranks, part_ranks
 from lipcore.models.torch_internals import reduces_by_own_rule
 
 UNKNOWN = (
@@ -29,6 +31,10 @@ def averaged_over(model: nn.Module) -> tuple[tuple[int, ...], str]:
             if reduces_by_own_rule(module):
                 return (), _OWN_RULE.format("DistributedDataParallel")
             return tuple(torch.distributed.get_process_group_ranks(module.process_group)), ""
+    if part_ranks(model, model.named_parameters()) is not None:  # and others hold parts of the same gradient
+        if any(reduces_by_own_rule(module) for module in model.modules()):
+            return (), _OWN_RULE.format("fully_shard()ed model")
+        return tuple(sorted(averaging_ranks(model))) or (rank(),), ""
     meshes: list[Any] = list(dict.fromkeys(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")))
     if not meshes:
         return (), UNKNOWN

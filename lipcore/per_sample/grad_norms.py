@@ -185,7 +185,8 @@ class PerSampleGradNorms(PerSampleMetric):
         )
 
     def _numbers_of(self, record: LayerRecord, factor: LossFactor) -> PassNorms:
-        return PassNorms(record, factor, self._layer_index, total_of(self._capture))
+        parts = None if self._capture is None else self._capture.parts
+        return PassNorms(record, factor, self._layer_index, total_of(self._capture), parts)
 
     def _add_numbers(self, result: MetricResult, note: str, doubt: str) -> None:
         estimated = [layer for layer, method in self._methods.items() if method == "estimate"]
@@ -199,10 +200,15 @@ class PerSampleGradNorms(PerSampleMetric):
         agreed |= {
             "estimated": [layer for layer, method in self._methods.items() if method == "estimate"],
             "steps": None if noise is None else noise.steps,
-            "averaged_over": [] if self._window.shared is None else list(self._window.shared.averaged),
             "noise_scale": off,
         }
-        return PerSamplePart(agreed, **found, noise=noise)
+        averaged = [] if self._window.shared is None else list(self._window.shared.averaged)
+        in_parts = self._window.in_parts
+        if in_parts is None:
+            return PerSamplePart(agreed | {"averaged_over": averaged}, **found, noise=noise)
+        agreed |= {"averaged_over": len(averaged), "parts": len(in_parts.ranks.ranks)}
+        rows = {"parts": in_parts.ranks, "rows": in_parts.window(), "rows_off": in_parts.off, "averaged": averaged}
+        return PerSamplePart(agreed, **found, **rows, noise=noise)
 
     def _shown_rows(self) -> list[tuple[str, dict[str, Value]]]:
         total, measured = total_of(self._capture), self._measured

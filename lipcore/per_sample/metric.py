@@ -270,6 +270,7 @@ class PerSampleMetric(SampleObserver):
             dropped=self._window.dropped,
             empty=empty,
             columns=self._window.columns,
+            prefix=self.prefix,
         )
         self._follow(part, empty)
         return part

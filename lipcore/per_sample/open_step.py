@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.metric.distribution import Distribution
 from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.noise.noise_sums import NoiseSums
+from lipcore.per_sample.part_rows import PassRows
 from lipcore.per_sample.pass_norms import PassNorms
 from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.scores.score_columns import Scores
@@ -46,22 +48,58 @@ class MicroBatch(NamedTuple):
     losses: Tensor | None  #: [B]
 
 
+@dataclass
+class Intake:
+    """What micro-batches are taken into.
+
+    Attributes:
+        distributions: of places, per layer and in total.
+        scores, losses: statistics per sample id, of the numbers and of the losses.
+        rows: squares that ranks are to add up first; None where this rank has whole gradients.
+    """
+
+    distributions: list[Distribution]
+    scores: Any
+    losses: SampleScores
+    rows: list[PassRows] | None = None
+
+    def take_in(self, batch: MicroBatch) -> None:
+        """Take in a micro-batch."""
+        batch.norms.observe(self.distributions)
+        if self.rows is not None and isinstance(batch.norms, PassNorms):
+            self.rows.append(PassRows(*batch.norms.in_parts, batch.ids, batch.losses))
+        elif batch.ids is not None:
+            self.scores.observe(batch.ids, batch.norms.per_sample)
+            if batch.losses is not None:
+                self.losses.observe(batch.ids, batch.losses)
+
+    def take_all(self, other: Intake) -> None:
+        """Take in what another one has taken in."""
+        for into, held in zip(self.distributions, other.distributions, strict=True):
+            into.merge(held)
+        self.scores.merge(other.scores)
+        self.losses.merge(other.losses)
+        if self.rows is not None:
+            self.rows += other.rows or []
+
+
 class OpenStep:
     """Micro-batches of the open step, which are all given away, or forgotten.
 
     Args:
         sums: of the noise scale, if it is wanted.
         make_scores: makes what keeps statistics per sample id.
+        in_parts: ranks hold parts of samples' gradients.
     """
 
-    def __init__(self, sums: NoiseSums | None, make_scores: Callable[[], Scores]) -> None:
-        self.sums, self._make_scores = sums, make_scores
+    def __init__(self, sums: NoiseSums | None, make_scores: Callable[[], Scores], *, in_parts: bool = False) -> None:
+        self.sums, self._make_scores, self._in_parts = sums, make_scores, in_parts
         self._forget()
 
     def _forget(self) -> None:
         self.samples = 0
         self._waiting: list[MicroBatch] = []
-        self._held: tuple[list[Distribution], Scores, SampleScores] | None = None
+        self._held: Intake | None = None
 
     def __bool__(self) -> bool:
         return bool(self._waiting) or self._held is not None
@@ -73,32 +111,27 @@ class OpenStep:
             self.sums.expect(batch.norms.record)
         self.samples += batch.norms.samples
         if len(self._waiting) >= _MOST:
-            self._held = self._held or (
-                [Distribution() for _ in range(places)],
-                self._make_scores(),
-                SampleScores(),
-            )
-            self._hand_on(*self._held)
+            distributions = [Distribution() for _ in range(places)]
+            rows: list[PassRows] | None = [] if self._in_parts else None
+            self._held = self._held or Intake(distributions, self._make_scores(), SampleScores(), rows)
+            self._hand_on(self._held)
 
     def batches(self) -> list[MicroBatch]:
         """Return the micro-batches; none where some are summed up already."""
         return [] if self._held is not None else list(self._waiting)
 
-    def _hand_on(self, distributions: list[Distribution], scores: Any, losses: SampleScores) -> None:
+    def _hand_on(self, into: Intake) -> None:
         waiting, self._waiting = self._waiting, []
         for batch in waiting:
-            take_in(batch, distributions, scores, losses)
+            into.take_in(batch)
             if self.sums is not None and isinstance(batch.norms, PassNorms):
                 self.sums.add(batch.norms)
 
-    def take_into(self, distributions: list[Distribution], scores: Any, losses: SampleScores) -> None:
+    def take_into(self, into: Intake) -> None:
         """Hand everything on: the step was made."""
         if self._held is not None:
-            for into, held in zip(distributions, self._held[0], strict=True):
-                into.merge(held)
-            scores.merge(self._held[1])
-            losses.merge(self._held[2])
-        self._hand_on(distributions, scores, losses)
+            into.take_all(self._held)
+        self._hand_on(into)
         self._forget()
 
     def drop(self) -> int:
@@ -108,12 +141,3 @@ class OpenStep:
         if self.sums is not None:
             self.sums.drop()
         return samples
-
-
-def take_in(batch: MicroBatch, distributions: list[Distribution], scores: Any, losses: SampleScores) -> None:
-    """Take in the norms of a micro-batch, per layer, in total and per sample id, and the losses per sample id."""
-    batch.norms.observe(distributions)
-    if batch.ids is not None:
-        scores.observe(batch.ids, batch.norms.per_sample)
-        if batch.losses is not None:
-            losses.observe(batch.ids, batch.losses)

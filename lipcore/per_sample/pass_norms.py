@@ -13,6 +13,7 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.capture.layers.layer_pass import DELTA, ERROR, OUTPUT, LayerRecord, Rows
 from lipcore.metric.distribution import Distribution, observe_roots
+from lipcore.models.tensor_parallel import PartRanks
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.total import TOTAL
@@ -70,11 +71,19 @@ class PassNorms:
         names, layers: the parameters and the layers that brought numbers.
         layer_index: the layers of the model.
         total: the name of the total's place.
+        parts: the ranks that hold parts of the gradients, of which these are this rank's; None where they are whole.
     """
 
-    def __init__(self, record: LayerRecord, factor: LossFactor, layer_index: LayerIndex, total: str = TOTAL) -> None:
+    def __init__(
+        self,
+        record: LayerRecord,
+        factor: LossFactor,
+        layer_index: LayerIndex,
+        total: str = TOTAL,
+        parts: PartRanks | None = None,
+    ) -> None:
         self.record, self.factor = record, factor
-        self.layer_index, self.total = layer_index, total
+        self.layer_index, self.total, self.parts = layer_index, total, parts
         # In the model's order; backward passes bring them from the end.
         found = record.norms_sq
         self.names, self.layers, self._index = layer_index.of(found)
@@ -90,14 +99,41 @@ class PassNorms:
     @cached_property
     def squares(self) -> Tensor:
         """Squared norms per layer and, last, in total, float64 [layers + 1, B]."""
-        rows, known = self._rows, self._known
+        return self._sums(self._rows, self._index)
+
+    def _sums(self, rows: Tensor, index: list[int]) -> Tensor:
+        """Return the sums of some parameters' rows per layer and, last, in total."""
+        known = self._known
         if rows.is_cpu:
             squares = torch.empty(len(self.layers) + 1, self.samples, dtype=_float64, device="cpu")
-            _core.place_sums(rows, self._index, known, squares)
+            _core.place_sums(rows, index, known, squares)
             return squares
-        layers = self.layer_index.sums(rows, self._index, len(self.layers))
+        layers = self.layer_index.sums(rows, index, len(self.layers))
         total = rows.sum(0) if known else rows.new_full((self.samples,), torch.nan)
         return torch.cat([layers, total.unsqueeze(0)])
+
+    @property
+    def added(self) -> Tensor:
+        """Squared norms as :attr:`squares` has them, of what this rank adds to those of all that hold parts: its own
+        and, on one of them, what all hold alike."""
+        if self.parts is None or self.parts.counts:
+            return self.squares
+        return self._of([i for i, name in enumerate(self.names) if name in self.parts.cuts])
+
+    def _of(self, chosen: list[int]) -> Tensor:
+        """Return the squares of some of the parameters."""
+        rows = self._rows.index_select(0, self.layer_index.on(self._rows.device, chosen))
+        return self._sums(rows, [self._index[i] for i in chosen])
+
+    @property
+    def in_parts(self) -> tuple[Tensor, Tensor, list[str]]:
+        """What the ranks that hold parts are to add up, [layers of the model + 1, B], NaN for those that brought no
+        numbers; the squares of what they hold alike, of the layers that have some, [layers, B]; and these layers."""
+        assert self.parts is not None
+        whole = [i for i, name in enumerate(self.names) if name not in self.parts.cuts]
+        places = sorted({self._index[i] for i in whole})
+        alike = self._of(whole).index_select(0, self.layer_index.on(self._rows.device, places))
+        return self._per_place(self.added), alike, [self.layers[place] for place in places]
 
     @property
     def _known(self) -> bool:
@@ -108,7 +144,10 @@ class PassNorms:
     def squares_per_place(self) -> Tensor:
         """Squared norms with a row for every layer of the model, NaN where it brought no numbers, and the total
         last."""
-        every, squares = len(self.layer_index.layers), self.squares
+        return self._per_place(self.squares)
+
+    def _per_place(self, squares: Tensor) -> Tensor:
+        every = len(self.layer_index.layers)
         if len(self.layers) == every:
             return squares
         missing = squares.new_full((self.samples,), torch.nan)

@@ -10,19 +10,40 @@ import torch
 from torch import Tensor
 
 from lipcore.distributed.packed import Packed, Together
+from lipcore.distributed.partial_sums import Partial
 from lipcore.metric.distribution import Distribution
 from lipcore.metric.rank_distributions import RankDistributions, distributions_of
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import MetricResult
+from lipcore.models.names import with_prefix
+from lipcore.models.tensor_parallel import PartRanks
 from lipcore.per_sample.noise.rank_noise import RankNoise
+from lipcore.per_sample.part_rows import PassRows, bits_of, observe_whole
 from lipcore.per_sample.results import add_noise, add_norms
 
+_ROUNDING = 1e-6  # of shares of whole numbers
 COUNTS = ("unrecorded", "not_proved", "taken_back")  # details that count by reason
 NOT_THE_GROUP = (
     "the gradient is the mean over ranks {0}, and the window is that of ranks {1}; pass the ranks that train one model "
     "as group="
 )
 STAGES = "ranks hold other layers (stages of a pipeline), and no rank knows the gradient of a whole sample"
+
+
+#: Why samples' norms are not added up.
+UNLIKE = (
+    "ranks that hold layer '{0}' alike got other gradients of the same samples there (each has seen a part of them, or "
+    "of their positions or features), so that the gradient of a sample is a sum over ranks, and squares do not add up"
+)
+_OTHER_SAMPLES = (
+    "ranks {0} hold parts of the parameters (tensor parallelism) and have recorded other samples (rank {1}: {2} "
+    "micro-batches that wait, rank {3}: {4}, or other sizes or ids), so that the squares of one sample cannot be added "
+    "up; give these ranks the same batches and ids"
+)
+_NOT_IN_GROUP = (
+    "rank {0} holds parts of the parameters together with rank {1} (tensor parallelism), which is not in the group; pass "
+    "all ranks that train one model as group="
+)
 
 
 @dataclass
@@ -37,6 +58,11 @@ class PerSamplePart(RankPart):
         noise: its part of the noise scale; None where there is none.
         empty: a result without numbers.
         columns: distributions per layer.
+        prefix: before the names of layers.
+        parts: the ranks that hold parts of samples' gradients; None where this one has whole ones.
+        rows: squares that these are to add up.
+        rows_off: why these are not kept.
+        averaged: over which ranks the gradient is averaged, where others hold parts of it.
     """
 
     agreed: dict[str, Any]
@@ -49,24 +75,66 @@ class PerSamplePart(RankPart):
     empty: MetricResult
     noise: RankNoise | None = None
     columns: int = 1
+    prefix: str = ""
+    parts: PartRanks | None = None
+    rows: Sequence[PassRows] = ()
+    rows_off: str = ""
+    averaged: Sequence[int] = ()
     heard: dict[str, list[str]] = field(default_factory=dict)  #: reasons of all ranks
+    _told: Sequence[dict[str, Any]] = ()
 
     @property
     def told(self) -> dict[str, Any]:
         """Reasons on this rank, and how far it knows the noise scale's averages."""
         reasons: dict[str, Any] = {name: sorted(self.details[name]) for name in COUNTS}
+        if self.parts is not None:
+            reasons["in_parts"] = [list(self.parts.ranks), *bits_of(self.rows), self.rows_off, list(self.averaged)]
         return reasons | {"noise": self.noise.told if self.noise is not None else {}}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the histograms and of the single steps."""
-        return self.distributions.nbytes + (self.noise.table.nbytes if self.noise is not None else 0)
+        rows = sum(each.nbytes for each in self.rows)
+        return self.distributions.nbytes + rows + (self.noise.table.nbytes if self.noise is not None else 0)
 
     def hear(self, told: Sequence[dict[str, Any]]) -> None:
         """Take the reasons of all ranks."""
         self.heard = {name: sorted({reason for each in told for reason in each[name]}) for name in COUNTS}
         if self.noise is not None:
             self.noise.hear([each["noise"] for each in told])
+        self._told = told
+
+    def refused(self) -> str:
+        """Return why the ranks that hold parts cannot add them up."""
+        if self.parts is None or not self._told:
+            return ""
+        told = dict(zip(self.holding.ranks, (each["in_parts"] for each in self._told), strict=True))
+        for rank, (ranks, count, bits, off, _) in told.items():
+            if off:
+                return str(off)
+            for other in ranks:
+                if other not in told:
+                    return _NOT_IN_GROUP.format(rank, other)
+                if told[other][1:3] != [count, bits]:
+                    return _OTHER_SAMPLES.format(_shown(ranks), rank, count, other, told[other][1])
+        return ""
+
+    def partials(self) -> list[Partial]:
+        """Return the squares that are to be added up."""
+        parts = self.parts
+        return [] if parts is None else [rows.partial(parts) for rows in self.rows if not rows.whole]
+
+    @property
+    def _counts(self) -> bool:
+        """True where this rank counts its samples: one of those that have the same."""
+        return self.parts is None or self.parts.counts
+
+    def _of_samples(self) -> RankDistributions:
+        """Return the distributions of this rank's samples, whole ones."""
+        if self.parts is None:
+            return self.distributions
+        places = len(self.layers) + 1
+        return RankDistributions(observe_whole(self.rows if self._counts else (), places))
 
     @property
     def _all_layers(self) -> list[str]:
@@ -92,14 +160,20 @@ class PerSamplePart(RankPart):
         place = {layer: i for i, layer in enumerate(self._all_layers)}
         rows = [*(place[layer] for layer in self.layers), len(place)]
         where = [row * self.columns + column for row in rows for column in range(self.columns)]
-        largest = [self.distributions.largest(where, (len(place) + 1) * self.columns)]
+        distributions = self._of_samples()
+        largest = [distributions.largest(where, (len(place) + 1) * self.columns)]
         if self._noise is not None:
             largest.append(self._noise.largest())
+        if self.parts is not None:
+            unlike = next((rows.unlike for rows in self.rows if rows.unlike), "")
+            number = 1 + self._all_layers.index(with_prefix(self.prefix, unlike)) if unlike else 0
+            largest.append(torch.tensor([float(number)], dtype=torch.float64, device="cpu"))
         found = [float(self.details[name].get(why, 0)) for name in COUNTS for why in self.heard[name]]
-        counts = torch.tensor([float(self.dropped), *found], dtype=torch.float64, device="cpu")
+        # Of ranks with the same samples, each counts a share.
+        counts = torch.tensor([float(self.dropped), *found], dtype=torch.float64, device="cpu") / self._with_same
 
         def sums(most: list[Tensor]) -> list[Tensor]:
-            added = [counts, *self.distributions.sums(where, most[0])]
+            added = [counts, *distributions.sums(where, most[0])]
             return added if self._noise is None else [*added, *self._noise.sums(owners)]
 
         return Packed(sums, largest)
@@ -107,13 +181,17 @@ class PerSamplePart(RankPart):
     def result(self, together: Together) -> MetricResult:
         """Return the distributions of all ranks' samples, and their noise scale."""
         result, (counts, *sums) = self.empty, together.sums
-        numbers = iter(counts.long().tolist())
+        numbers = iter((counts - _ROUNDING).ceil().long().tolist())
         result.details["dropped_samples"] = next(numbers)
         for name in COUNTS:
             found = {why: next(numbers) for why in self.heard[name]}
             if found or name == "unrecorded":
                 result.details[name] = found
         result.details["proved"] = not self.heard["not_proved"]
+        if self.parts is not None and (number := int(together.largest[-1][0])):
+            why = UNLIKE.format(self._all_layers[number - 1])
+            result.details |= {"norms_off": why, "noise_scale_off": why}
+            return result
         distributions = distributions_of(together.largest[0], sums[:2])
         total = self.total
         if not self._on_all_ranks:
@@ -135,9 +213,10 @@ class PerSamplePart(RankPart):
         add_norms(result, self._all_layers, total, distributions, self.agreed["estimated"], note, self._doubt)
 
     def _add_noise(self, result: MetricResult, layers: Sequence[str], together: Together) -> None:
-        averaged, ranks = self.agreed["averaged_over"], self.holding.ranks
+        ranks = self.holding.ranks
         off = self.agreed["noise_scale"] or ("" if self._on_all_ranks else STAGES)
-        if not off and set(averaged) != set(ranks):
+        averaged = self._averaged_over
+        if not off and averaged != set(ranks):
             off = NOT_THE_GROUP.format(_shown(averaged), _shown(ranks))
         if off:
             result.details["noise_scale_off"] = off
@@ -146,6 +225,18 @@ class PerSamplePart(RankPart):
         noise, skipped = self.noise.result(together.largest[1], together.sums[3:], len(ranks))
         add_noise(result, layers, self.total, noise, None)
         result.details["noise_scale_skipped"] = skipped
+
+    @property
+    def _with_same(self) -> int:
+        """How many ranks have the same samples."""
+        return 1 if self.parts is None else len(self.parts.ranks)
+
+    @property
+    def _averaged_over(self) -> set[int]:
+        """The ranks whose samples are in the gradient, or in parts of it."""
+        if self.parts is None:
+            return set(self.agreed["averaged_over"])
+        return {rank for each in self._told for rank in each["in_parts"][-1]}
 
 
 def _shown(ranks: Collection[int]) -> str:

@@ -127,7 +127,7 @@ class SampleObserver(StandaloneMetric):
         self._capture = layers
         layer_of = layers_of_parameters(layers)
         before, self._layer_index = self._layers, LayerIndex(layer_of, tied_names(self._model, layer_of))
-        self._window.begin(len(self._layers), anew=self._layers != before, noise=self._has_noise)
+        self._window.begin(len(self._layers), layers.parts, anew=self._layers != before, noise=self._has_noise)
         self._holding = Holding(self._held, model=self._model)
         if self._has_noise:
             sums = NoiseSums(self._layer_index, layers.coverage.parameters)

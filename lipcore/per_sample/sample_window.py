@@ -11,12 +11,14 @@ from torch import nn
 from lipcore.distributed.rank_axis import Place
 from lipcore.metric.blocks import Block, BlockWindow, added_blocks, empty_blocks
 from lipcore.metric.state import checked_count, under_key
+from lipcore.models.tensor_parallel import PartRanks
 from lipcore.per_sample.doubts import Doubts, added_doubts
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.noise.noise_sums import NoiseSums
 from lipcore.per_sample.noise.shared_gradient import SharedGradient, checked_shared, noise_of_all, with_steps
-from lipcore.per_sample.open_step import MicroBatch, OpenStep, take_in
+from lipcore.per_sample.open_step import Intake, MicroBatch, OpenStep
+from lipcore.per_sample.part_rows import PartRows, PassRows, check_part_rows
 from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.scores.score_columns import Scores
 from lipcore.per_sample.step_listener import StepListener
@@ -43,6 +45,8 @@ class SampleWindow:
         doubts: why passes are not proved.
         unproved: what a failed proof takes back.
         listeners: are told of the samples of every step.
+        in_parts: what ranks that hold parts of samples' gradients have not added up; None where this one has whole
+            ones. Then the distributions are those of its parts, and the scores those of what was added up.
     """
 
     def __init__(self, columns: int, make_scores: Callable[[], Scores]) -> None:
@@ -57,30 +61,37 @@ class SampleWindow:
         self.shared: SharedGradient | None = None
         self.doubts, self.unproved = Doubts(1), Unproved(1)
         self.listeners: list[StepListener] = []
+        self.in_parts: PartRows | None = None
 
     def prepare(self, blocks: int) -> None:
         """Consist of so many blocks; listeners of before hear no more."""
         self.blocks, self.listeners = blocks, []
         self.doubts, self.unproved = Doubts(blocks), Unproved(blocks)
 
-    def begin(self, layers: int, *, anew: bool, noise: bool) -> None:
+    def begin(self, layers: int, parts: PartRanks | None, *, anew: bool, noise: bool) -> None:
         """Take numbers of so many layers; start `anew` where they are others than before.
 
         Args:
+            parts: the ranks that hold parts of samples' gradients; None where this one has whole ones.
             noise: :meth:`estimate_noise` follows. Else there is none, also where there was one in a Monitor before.
         """
+        if parts is None:
+            self.in_parts = None
+        elif anew or self.in_parts is None or self.in_parts.ranks != parts:
+            self.in_parts = PartRows(parts, layers + 1, self.blocks)
         if anew or not self.distributions.open:
             self.distributions, self.noise = BlockWindow((layers + 1) * self.columns, self.blocks), None
         self.noise, self.shared = self.noise if noise else None, None
-        self.open_step = OpenStep(None, self._make_scores)
+        self.open_step = OpenStep(None, self._make_scores, in_parts=parts is not None)
 
     def estimate_noise(self, model: nn.Module | None, layers: LayerIndex, sums: NoiseSums, *, apart: bool) -> None:
         """Estimate the noise scale; `apart`: each rank trains a model of its own."""
         places = len(layers.layers) + 1
         self.noise = self.noise or NoiseScale(places)
         numbers = [layers.number[layer] for layer in layers.layer_of.values()]
-        self.shared = SharedGradient(model, sums, numbers, places, apart, self.steps)
-        self.open_step = OpenStep(sums, self._make_scores)
+        parts = None if self.in_parts is None else self.in_parts.ranks
+        self.shared = SharedGradient(model, sums, numbers, places, apart, self.steps, parts)
+        self.open_step = OpenStep(sums, self._make_scores, in_parts=parts is not None)
 
     def unlike(self, *, lacks: bool) -> str:
         """Return words on another one, where only one of the two has a noise scale, with what to do; `lacks`: this one
@@ -101,7 +112,30 @@ class SampleWindow:
 
     def take_in(self, batch: MicroBatch) -> None:
         """Take in a micro-batch, whatever becomes of its step."""
-        take_in(batch, self.distributions.open, self.scores, self.loss_scores)
+        into = self._intake()
+        into.take_in(batch)
+        self._keep(into)
+
+    def _intake(self) -> Intake:
+        rows: list[PassRows] | None = None if self.in_parts is None else []
+        return Intake(self.distributions.open, self.scores, self.loss_scores, rows)
+
+    def _keep(self, into: Intake) -> None:
+        """Keep what has to be added up over ranks."""
+        for rows in into.rows or ():
+            assert self.in_parts is not None
+            self.in_parts.add(rows)
+
+    def score(self) -> None:
+        """Take into the scores what ranks have added up since."""
+        if self.in_parts is not None:
+            self.in_parts.score(self._score)
+
+    def _score(self, rows: PassRows) -> None:
+        assert rows.ids is not None
+        self.scores.observe(rows.ids, rows.norms())
+        if rows.losses is not None:
+            self.loss_scores.observe(rows.ids, rows.losses)
 
     def hold(self, batch: MicroBatch) -> None:
         """Hold a micro-batch until its step is made."""
@@ -120,7 +154,9 @@ class SampleWindow:
             doubt = doubt_of(batches)
             for listener in self.listeners:
                 listener.step_samples(batches, doubt)
-        self.open_step.take_into(self.distributions.open, self.scores, self.loss_scores)
+        into = self._intake()
+        self.open_step.take_into(into)
+        self._keep(into)
         if self.noise is not None and self.shared is not None:
             self.shared.finish(self.noise, recorded, wanted)
         self.steps += 1
@@ -130,6 +166,9 @@ class SampleWindow:
 
     def mark(self) -> None:
         """Note that everything so far is right."""
+        self.score()
+        if self.in_parts is not None:
+            self.in_parts.mark()
         self.unproved.mark(self.distributions, self.scores, self.noise)
         if self.shared is not None:
             self.shared.mark()
@@ -139,6 +178,8 @@ class SampleWindow:
     def take_back(self, reason: str) -> int:
         """Take back everything since the last mark; return how many samples that were."""
         count, self.noise = self.unproved.take_back(reason, self.distributions, self.scores, self.open_step)
+        if self.in_parts is not None:
+            self.in_parts.take_back(self._score)
         if self.shared is not None:
             self.shared.take_back(f"samples of it were taken back: {reason}")
         for listener in self.listeners:
@@ -154,6 +195,8 @@ class SampleWindow:
     def reset(self) -> None:
         """Start a new window."""
         self.distributions.reset()
+        if self.in_parts is not None:
+            self.in_parts.reset()
         self.doubts.reset()
         self.unproved.reset()
         self._start_block()
@@ -161,6 +204,8 @@ class SampleWindow:
     def advance(self) -> None:
         """Slide the window by a block; the noise scale's window is the open block, its moving average goes on."""
         self.distributions.advance()
+        if self.in_parts is not None:
+            self.in_parts.advance()
         self.doubts.advance()
         self.unproved.advance()
         self._start_block()
@@ -188,7 +233,9 @@ class SampleWindow:
 
     def apart(self) -> SampleWindow:
         """Return what a copy or a pickle of the metric has: the same numbers without the step under way."""
+        self.score()
         found = copy.copy(self)
+        found.in_parts = None
         found.shared, found.listeners, found.open_step = None, [], OpenStep(None, self._make_scores)
         return found
 
@@ -196,6 +243,7 @@ class SampleWindow:
 
     def state_dict(self) -> dict[str, Any]:
         """Return its numbers: tensors, numbers and strings only."""
+        self.score()
         return {
             "steps": self.steps,
             "dropped": self.dropped,
@@ -206,6 +254,7 @@ class SampleWindow:
             "shared": self.shared.state_dict() if self.shared is not None else {},
             "scores": self.scores.state_dict(),
             "loss_scores": self.loss_scores.state_dict(),
+            "in_parts": {} if self.in_parts is None else self.in_parts.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], layers: int, unlike: str) -> None:
@@ -220,6 +269,8 @@ class SampleWindow:
         doubts = {key: state.get(key, []) for key in _DOUBTS}  # a state of an earlier lipcore has none
         for each in doubts.values():
             self.doubts.checked(each)
+        in_parts = state.get("in_parts", {})  # the same
+        check_part_rows(in_parts, self.in_parts)
         scores = self._make_scores()
         noise = state.get("noise")
         if not isinstance(noise, dict) or bool(noise) != (self.noise is not None):
@@ -237,6 +288,8 @@ class SampleWindow:
         self.steps, self.dropped = steps, dropped
         self.doubts.load(doubts["doubts"])
         self.unproved.taken_back.load(doubts["taken_back"])
+        if self.in_parts is not None:
+            self.in_parts.load_state_dict(in_parts)
         self.mark()
         if self.shared is not None and self.noise is not None:
             self.shared.load(self.steps, shared, bool(self.noise.steps))
@@ -250,7 +303,7 @@ class SampleWindow:
         """Return a state without samples. The averages of the noise scale go on from the last window that is that of
         all ranks; the open window's begins anew, since it is made of the steps of all ranks."""
         state = {**rest, "dropped": 0, "scores": self._make_scores().state_dict(), **empty_blocks(rest)}
-        state |= {key: [] for key in _DOUBTS}
+        state |= {key: [] for key in _DOUBTS} | {"in_parts": {}}
         state["loss_scores"] = SampleScores().state_dict()
         if rest["noise"]:
             state |= noise_of_all(rest["noise"], rest["shared"], rest["share"], rest["steps"], alone=rest["alone"])
@@ -265,6 +318,8 @@ class SampleWindow:
         for key, make in (("scores", self._make_scores), ("loss_scores", SampleScores)):
             scores = make()
             for state in others:
+                if state.get("in_parts", {}).get("place"):
+                    continue  # another rank has the scores of the same samples
                 one = make()
                 one.load_state_dict(state[key])
                 scores.merge(one)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from lipcore.capture.layers.proofs import Proofs
 from lipcore.capture.layers.tapped_model import TappedModel
 from lipcore.layers.factor_estimate import Signs
 from lipcore.models.checks import never_called
+from lipcore.models.tensor_parallel import PartRanks
 from lipcore.models.torch_internals import compiles_its_call, is_compiled
 
 
@@ -143,6 +144,11 @@ class LayerCapture:
     def sites(self) -> list[LayerSite]:
         """The layers with a rule."""
         return self.tapped.sites
+
+    @property
+    def parts(self) -> PartRanks | None:
+        """The ranks that hold parts of the parameters; None where this one has them whole."""
+        return self.tapped.parts
 
     @property
     def graph(self) -> GraphWays:

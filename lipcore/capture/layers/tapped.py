@@ -9,6 +9,7 @@ from lipcore.capture.graph.graph_ways import GraphWays
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.coverage import ParameterCoverage
 from lipcore.capture.layers.layer_site import LayerSite
+from lipcore.models.tensor_parallel import PartRanks
 
 
 class TappedLayers(Protocol):
@@ -53,6 +54,10 @@ class TappedLayers(Protocol):
     @property
     def resting(self) -> bool:
         """True where nothing is recorded until :meth:`wake`."""
+
+    @property
+    def parts(self) -> PartRanks | None:
+        """The ranks that hold parts of the parameters (tensor parallelism); None where this one has them whole."""
 
     @property
     def unrecorded(self) -> Mapping[str, int]:

@@ -115,7 +115,7 @@ class NoiseSums:
         if not self._samples and record.began_with:
             self._wrong = self._wrong or NOT_EMPTY
         self._task = record.task
-        sums = norms.squares.sum(1)
+        sums = norms.added.sum(1)
         if len(norms.layers) < len(self._layer_index.layers):  # a layer that was not reached has no gradient: 0
             found = dict(zip(norms.layers, sums[:-1].unbind(), strict=True))
             nothing = torch.zeros_like(sums[-1])

@@ -80,6 +80,8 @@ class RankNoise:
         carried: steps that other ranks have made before.
         window: the noise scale of one process that has made steps before, with its window.
         reasons: those of all ranks, once they have been told.
+        counts: this rank counts its samples; of those that have the same ones, and hold parts of their gradients, one
+            does.
     """
 
     table: StepTable
@@ -93,6 +95,7 @@ class RankNoise:
     carried: CarriedSteps | None = None
     window: NoiseScale | None = None
     reasons: list[str] = field(default_factory=list)
+    counts: bool = True
 
     @property
     def steps(self) -> int:
@@ -134,7 +137,7 @@ class RankNoise:
 
     def _sums(self, owners: Ownership | PlacedOwners) -> list[Tensor]:
         table = self.table
-        weights, samples = table.weights[:, None], table.samples
+        weights, samples = table.weights[:, None], table.samples * self.counts
         counts = [name in owners.mine for name in self.names]
         counted = table.gradients * torch.tensor(counts, dtype=torch.float64, device="cpu")
         gradients = table.gradients.new_zeros(len(counted), self.places)

@@ -11,9 +11,10 @@ from lipcore.distributed.rank_axis import Place
 from lipcore.metric.state import is_count, under_key
 from lipcore.models.averaging import UNKNOWN, averaged_over
 from lipcore.models.ranks import world_size
+from lipcore.models.tensor_parallel import PartRanks
 from lipcore.per_sample.noise.carried_steps import CarriedSteps, PlacedOwners
 from lipcore.per_sample.noise.noise_scale import NoiseScale
-from lipcore.per_sample.noise.noise_sums import UNEQUAL, NoiseSums
+from lipcore.per_sample.noise.noise_sums import SHARDED, UNEQUAL, NoiseSums
 from lipcore.per_sample.noise.rank_noise import NoiseSoFar, RankNoise
 from lipcore.per_sample.noise.rank_steps import RankSteps, checked_table
 
@@ -31,11 +32,22 @@ class SharedGradient:
         places: layers, and the total.
         apart: where no wrapper says otherwise, each rank trains a model of its own.
         begin: steps before the open window.
+        parts: the ranks that hold parts of the gradient, of the same samples; None where this one has the whole.
     """
 
     def __init__(
-        self, model: nn.Module | None, sums: NoiseSums, layers: list[int], places: int, apart: bool, begin: int
+        self,
+        model: nn.Module | None,
+        sums: NoiseSums,
+        layers: list[int],
+        places: int,
+        apart: bool,
+        begin: int,
+        parts: PartRanks | None = None,
     ) -> None:
+        self._counts = parts is None or parts.counts
+        if parts is not None:
+            sums.off = SHARDED
         self._model, self._sums, self._layers, self._places, self._apart = model, sums, layers, places, apart
         self._asked = False
         self._kept: RankSteps | None = None
@@ -155,7 +167,7 @@ class SharedGradient:
             return None, _GONE
         table = self._kept.table()
         numbers = (names, self._places, self.begin, steps, len(self.averaged), self._so_far)
-        return RankNoise(table, self._layers, *numbers, self._carried, self._before), ""
+        return RankNoise(table, self._layers, *numbers, self._carried, self._before, counts=self._counts), ""
 
     def share(self, held: Sequence[tuple[str, str, Any]], steps: int, place: Place) -> dict[str, Any]:
         """Return what this rank adds to the steps of the open window, for ranks that go on from here, as

@@ -1,0 +1,243 @@
+"""Squared norms of samples whose gradients lie in parts on several ranks, kept until these have added them up.
+
+A sample's norm is the root of a sum over the ranks, so nothing can be made of it before: neither a distribution nor a
+score. Kept are, for each micro-batch, the squares of this rank's parts by layer and in total. What all of the ranks
+hold alike is in those of one rank; and beside them, on each rank, to see that it is alike.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipcore.distributed.partial_sums import Partial
+from lipcore.metric.distribution import Distribution, observe_roots
+from lipcore.models.tensor_parallel import PartRanks
+
+_MOST_BYTES = 64 << 20  # in the open window, and of windows before whose samples have names
+TOO_MANY = (
+    "ranks hold parts of the parameters (tensor parallelism), and more than 64 MiB of single samples' squares waited to "
+    "be added up; call global_window() on every rank more often, with shorter windows, or pass a larger every_steps="
+)
+_SAME = 1e-2  # relative, of squares of what ranks hold alike: they may be computed by other kernels
+
+
+class PassRows:
+    """One micro-batch's squares.
+
+    Args:
+        squares: [places, B], what this rank adds; the total is the last place.
+        alike: [some layers, B], squares of what all ranks hold alike.
+        layers: these layers.
+        ids, losses: of the samples, [B]; None where they have none.
+
+    Attributes:
+        whole: the squares are those of whole gradients.
+        unlike: a layer of which ranks have different numbers where they hold it alike; "" for none.
+    """
+
+    def __init__(
+        self, squares: Tensor, alike: Tensor, layers: list[str], ids: Tensor | None, losses: Tensor | None
+    ) -> None:
+        self.squares, self.alike, self.layers, self.ids, self.losses = squares, alike, layers, ids, losses
+        self.whole, self.unlike = False, ""
+        self.number = -1  # among all of them
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept, about."""
+        return self.squares.nbytes + (0 if self.whole else self.alike.nbytes)
+
+    @property
+    def bits(self) -> int:
+        """A number that differs where ranks have other samples: of how many there are, and of their ids."""
+        ids = b"" if self.ids is None else self.ids.cpu().contiguous().numpy().tobytes()
+        return zlib.crc32(ids, self.squares.shape[1])
+
+    def partial(self, ranks: PartRanks) -> Partial:
+        """Return what is to be added up."""
+        both = torch.cat([self.squares.double(), self.alike.double()])
+        return Partial(both, ranks.handle, lambda total: self._take(total, len(ranks.ranks)))
+
+    def _take(self, total: Tensor, ranks: int) -> None:
+        """Take the sum over the ranks."""
+        squares, several = total.split([len(self.squares), len(self.alike)])
+        mine = ranks * self.alike.cpu()
+        wrong = (several - mine).abs() > _SAME * (several + mine)
+        if bool(wrong.any()):
+            self.unlike = self.layers[int(wrong.any(1).nonzero()[0])]
+        self.squares, self.whole = squares, True
+
+    def norms(self) -> Tensor:
+        """Return the norms of whole samples, [B]."""
+        return self.squares[-1].sqrt()
+
+
+class PartRows:
+    """The squares of a window's samples.
+
+    Args:
+        ranks: that hold the parts.
+        places: how many there are.
+        blocks: of the window.
+    """
+
+    def __init__(self, ranks: PartRanks, places: int, blocks: int) -> None:
+        self.ranks, self._places = ranks, places
+        self._blocks: deque[list[PassRows]] = deque([[]], maxlen=blocks)
+        self._unscored: list[PassRows] = []  # with ids, also of windows before
+        self._made = self._marked = 0
+        self._scored: list[PassRows] = []  # since the last mark
+        self.off = ""  #: why the open window's are not kept
+        self.lost = 0  #: samples with names that no score has got
+
+    def add(self, rows: PassRows) -> None:
+        """Add a micro-batch."""
+        rows.number, self._made = self._made, self._made + 1
+        if rows.ids is not None:
+            self._unscored.append(rows)
+            while _bytes(self._unscored) > _MOST_BYTES:
+                self.lost += self._unscored.pop(0).squares.shape[1]
+        if not self.off:
+            self._blocks[-1].append(rows)
+            if _bytes(self.window()) > _MOST_BYTES:
+                self.off = TOO_MANY
+                for block in self._blocks:
+                    block.clear()
+
+    def window(self) -> list[PassRows]:
+        """Return those of the window."""
+        return [rows for block in self._blocks for rows in block]
+
+    @property
+    def waiting(self) -> list[PassRows]:
+        """Those that are to be added up before all scores are known."""
+        return [rows for rows in self._unscored if not rows.whole]
+
+    def score(self, take: Callable[[PassRows], None]) -> None:
+        """Hand on those of named samples that are whole."""
+        whole = [rows for rows in self._unscored if rows.whole]
+        self._unscored = [rows for rows in self._unscored if not rows.whole]
+        for rows in whole:
+            take(rows)
+        self._scored += whole
+
+    def mark(self) -> None:
+        """Note that all so far are right."""
+        self._marked, self._scored = self._made, []
+
+    def take_back(self, take: Callable[[PassRows], None]) -> None:
+        """Forget those since the last mark; hand on, once more, those before that came to the scores since."""
+        for block in self._blocks:
+            block[:] = [rows for rows in block if rows.number < self._marked]
+        self._unscored = [rows for rows in self._unscored if rows.number < self._marked]
+        self._scored = [rows for rows in self._scored if rows.number < self._marked]
+        for rows in self._scored:
+            take(rows)
+
+    def reset(self) -> None:
+        """Start a window."""
+        self._blocks.clear()
+        self.advance()
+
+    def advance(self) -> None:
+        """Start a block; the oldest one falls out."""
+        self._blocks.append([])
+        self.off = ""
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return whose parts these are, and those of the window."""
+        window = [(at, rows) for at, block in enumerate(self._blocks) for rows in block]
+        rows = [each for _, each in window]
+        return {
+            "ranks": len(self.ranks.ranks),
+            "place": self.ranks.place,
+            "off": self.off,
+            "blocks": len(self._blocks),
+            "block": [at for at, _ in window],
+            "whole": [each.whole for each in rows],
+            "unlike": [each.unlike for each in rows],
+            "scored": [each not in self._unscored for each in rows],
+            "squares": [each.squares.cpu() for each in rows],
+            "alike": [each.alike.cpu() for each in rows],
+            "layers": [each.layers for each in rows],
+            "ids": [_or_empty(each.ids) for each in rows],
+            "losses": [_or_empty(each.losses) for each in rows],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checked state."""
+        self.__init__(self.ranks, self._places, self._blocks.maxlen or 1)  # type: ignore[misc]
+        self.off = state.get("off", "")
+        for _ in range(1, state.get("blocks", 1)):
+            self._blocks.append([])
+        for one in _one_by_one(state):
+            tensors = one["squares"].clone(), one["alike"].clone()
+            rows = PassRows(*tensors, list(one["layers"]), _or_none(one["ids"]), _or_none(one["losses"]))
+            rows.whole, rows.unlike, rows.number = bool(one["whole"]), one["unlike"], self._made
+            self._made += 1
+            self._blocks[one["block"]].append(rows)
+            if rows.ids is not None and not one["scored"]:
+                self._unscored.append(rows)
+        self.mark()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a process group cannot be copied")  # what has these leaves them out
+
+
+def _one_by_one(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    keys = ("block", "whole", "unlike", "scored", "squares", "alike", "layers", "ids", "losses")
+    for values in zip(*(state.get(key, []) for key in keys), strict=True):
+        yield dict(zip(keys, values, strict=True))
+
+
+def check_part_rows(state: Any, rows: PartRows | None) -> None:
+    """Raise ValueError, naming what does not fit, where a state cannot be gone on from."""
+    if not isinstance(state, dict):
+        raise ValueError(f"in_parts: expected a dict, got {type(state).__name__}")
+    if not state:
+        return
+    here = "whole" if rows is None else f"part {rows.ranks.place} of {len(rows.ranks.ranks)}"
+    there = f"part {state.get('place')} of {state.get('ranks')}"
+    if here != there:
+        raise ValueError(
+            f"in_parts: the state has squares of single samples over {there} of the parameters (tensor parallelism), and "
+            f"this rank holds {here}; go on with the same plan, or save behind global_window() at the end of a window"
+        )
+    shapes = {len(each) for each in state.get("squares", [])}
+    if rows is not None and not shapes <= {rows._places}:
+        raise ValueError(f"in_parts: expected squares at {rows._places} places, got {sorted(shapes)}")
+
+
+def observe_whole(rows: Iterable[PassRows], places: int) -> list[Distribution]:
+    """Return the distributions of whole samples' norms by place."""
+    found = [Distribution() for _ in range(places)]
+    squares = [each.squares for each in rows]
+    if squares:
+        observe_roots(torch.cat(squares, 1), found)
+    return found
+
+
+def bits_of(rows: Sequence[PassRows]) -> list[int]:
+    """Return how many micro-batches there are to be added up, and a number that differs where their samples do."""
+    waiting = [each for each in rows if not each.whole]
+    return [len(waiting), zlib.crc32(repr([each.bits for each in waiting]).encode())]
+
+
+def _bytes(rows: Iterable[PassRows]) -> int:
+    return sum(each.nbytes for each in rows)
+
+
+def _or_empty(tensor: Tensor | None) -> Tensor:
+    return torch.empty(0) if tensor is None else tensor.cpu()
+
+
+def _or_none(tensor: Tensor) -> Tensor | None:
+    return tensor.clone() if len(tensor) else None
