@@ -33,7 +33,7 @@ class EmbeddingRule(Rule):
         return SCALED_BY_BATCH if module.scale_grad_by_freq else ""
 
     def save(
-        self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
+        self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
     ) -> tuple[tuple[Tensor, ...], Any]:
         indices = tensor_argument(arguments, keywords)
         batch.check(indices, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from lipcore.models.torch_internals import shard_of
@@ -14,7 +16,7 @@ def local_of(tensor: Tensor) -> Tensor:
         return tensor
     tensor = getattr(tensor, "_local_tensor", tensor)
     wait = getattr(tensor, "trigger_wait", None)  # of an AsyncCollectiveTensor, whose memory is read here
-    return tensor if wait is None else wait()  # type: ignore[no-any-return]
+    return tensor if wait is None else wait()
 
 
 def is_partial(tensor: Tensor) -> bool:
@@ -22,7 +24,7 @@ def is_partial(tensor: Tensor) -> bool:
     return any(placement.is_partial() for placement in getattr(tensor, "placements", ()))
 
 
-def placed_as(whole: Tensor, other: Tensor) -> Tensor:
+def placed_as(whole: Tensor, other: Any) -> Tensor:
     """Return a tensor as a DTensor that lies on the ranks as another one of its shape; itself where that is none. No
     collective: every rank has the whole."""
     if not hasattr(other, "placements"):

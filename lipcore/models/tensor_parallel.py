@@ -14,8 +14,9 @@ from lipcore.models.ranks import rank, under_process_group
 from lipcore.models.torch_internals import fsdp_groups
 
 _SEVERAL = (
-    "model: its parameters are cut over several sets of ranks ({0} and {1}), as in a plan of tensor parallelism on more "
-    "than one mesh dimension; samples' gradients are added up over one set alone. Leave the metric of single samples out"
+    "model: its parameters are cut over several sets of ranks ({0} and {1}), as in a plan of tensor parallelism on "
+    "more than one mesh dimension; samples' gradients are added up over one set alone. Leave metrics of single samples "
+    "out"
 )
 
 

@@ -6,7 +6,21 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
+from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.metric.state import is_count
+
+
+def doubt_of(records: Sequence[LayerRecord], unknown_scale: str, note: str) -> str:
+    """Return why numbers of these backward passes are not known, not proved, or not of all parameters; "" where they
+    are.
+
+    Args:
+        unknown_scale: why what the loss was multiplied with is not known.
+        note: of which parameters they are; "" where they are of all.
+    """
+    missing = next(filter(None, (record.broken or record.hidden for record in records)), "")
+    unproved = unknown_scale or next(filter(None, (record.unproved for record in records)), "")
+    return "; ".join(filter(None, (missing, unproved and f"not proved: {unproved}", note)))
 
 
 class Doubts:

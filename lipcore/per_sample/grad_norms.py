@@ -15,6 +15,7 @@ from lipcore.metric.protocol import BatchOfOne, PlanLine
 from lipcore.metric.results import MetricResult
 from lipcore.metric.values import Value
 from lipcore.models.arguments import check_choice
+from lipcore.per_sample.added_up import ASK, whole_norms
 from lipcore.per_sample.arguments import OnUnsupported, check_arguments, layer_options
 from lipcore.per_sample.gram import gram_of
 from lipcore.per_sample.loss_factor import LossFactor
@@ -175,6 +176,7 @@ class PerSampleGradNorms(PerSampleMetric):
             fast_batch_of_one=batch_of_one == "fast",
             keep_factors=keep_factors,
         )
+        self._added_up: tuple[PassNorms, PassNorms] | None = None  # of a rank's parts, and over all ranks
         super().__init__(
             *(model, reduction, options),
             every_steps=every_steps,
@@ -207,8 +209,9 @@ class PerSampleGradNorms(PerSampleMetric):
         if in_parts is None:
             return PerSamplePart(agreed | {"averaged_over": averaged}, **found, noise=noise)
         agreed |= {"averaged_over": len(averaged), "parts": len(in_parts.ranks.ranks)}
-        rows = {"parts": in_parts.ranks, "rows": in_parts.window(), "rows_off": in_parts.off, "averaged": averaged}
-        return PerSamplePart(agreed, **found, **rows, noise=noise)
+        part = PerSamplePart(agreed, **found, noise=noise, parts=in_parts.ranks, averaged=averaged)
+        part.rows, part.rows_off = in_parts.window(), in_parts.off
+        return part
 
     def _shown_rows(self) -> list[tuple[str, dict[str, Value]]]:
         total, measured = total_of(self._capture), self._measured
@@ -241,17 +244,49 @@ class PerSampleGradNorms(PerSampleMetric):
         square = self._capture.single.total() if self._stands_alone and self._capture is not None else None
         if square is not None:  # of a batch of one, at a tenth of what a record costs
             return torch.tensor([math.sqrt(square)], dtype=torch.float64, device="cpu")
-        return self._last_norms().per_sample
+        return self._whole_norms("per_sample").per_sample
 
     @property
     def per_layer(self) -> Norms:
         """Norms per layer, float64 [B] each; NaN, with a reason in ``.reasons``, where nothing was recorded."""
-        return self._last_norms().per_layer
+        return self._whole_norms("per_layer").per_layer
 
     @property
     def per_parameter(self) -> Norms:
         """Norms per parameter, float64 [B] each; NaN, with a reason in ``.reasons``, where nothing was recorded."""
-        return self._last_norms().per_parameter
+        return self._whole_norms("per_parameter").per_parameter
+
+    def sync_norms(self, *, timeout: float = 60) -> Tensor:
+        """Add up the squares of the last backward pass over the ranks that hold parts of the parameters (tensor
+        parallelism), all of which call it, and return :attr:`per_sample`. It, :attr:`per_layer` and
+        :attr:`per_parameter` are then those of whole gradients, on each of the ranks. Windows and scores need no such
+        call: ``global_window()`` and :meth:`sync_scores` add up what they have.
+
+        Args:
+            timeout: seconds to wait for the other ranks.
+
+        Returns:
+            Norms n_i, float64 [B]; those that this rank has anyway, where it holds whole parameters.
+
+        Raises:
+            RuntimeError: a rank has not come in time, or is at another step. No collective was started.
+            ValueError: the ranks have recorded other samples, or have not seen the same of them.
+        """
+        last = self._last_norms()
+        if last.parts is None:
+            return last.per_sample
+        whole = whole_norms(last, f"{self.name}.sync_norms()", self._window.steps, timeout)
+        self._added_up = last, whole
+        return whole.per_sample
+
+    def _whole_norms(self, asked: str) -> PassNorms:
+        """Return the last norms; RuntimeError where this rank has those of parts."""
+        last = self._last_norms()
+        if last.parts is None or last.record.broken:
+            return last
+        if self._added_up is not None and self._added_up[0] is last:
+            return self._added_up[1]
+        raise RuntimeError(ASK.format(asked, ", ".join(map(str, last.parts.ranks))))
 
     @property
     def standard_error(self) -> Norms:

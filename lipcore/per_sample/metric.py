@@ -25,8 +25,10 @@ from lipcore.metric.state import check_version
 from lipcore.metric.values import Value
 from lipcore.models.names import with_prefix
 from lipcore.models.ranks import is_fsdp1
+from lipcore.per_sample.added_up import add_up_waiting
 from lipcore.per_sample.methods import layer_lines
 from lipcore.per_sample.open_step import PassNumbers
+from lipcore.per_sample.part_rows import IN_PARTS, OTHER_PARTS
 from lipcore.per_sample.rank_part import COUNTS, PerSamplePart
 from lipcore.per_sample.results import add_noise
 from lipcore.per_sample.sample_names import NamedSamples
@@ -82,12 +84,15 @@ class PerSampleMetric(SampleObserver):
 
     @property
     def scores(self) -> Any:
-        """Statistics per sample id, when `ids` are given."""
+        """Statistics per sample id, when `ids` are given. Where ranks hold parts of parameters (tensor parallelism),
+        those of samples that global_window() or :meth:`sync_scores` has added up."""
+        self._window.score()
         return self._window.scores
 
     @property
     def loss_scores(self) -> SampleScores:
         """Statistics of the losses per sample id, when :meth:`set_losses` gives them too."""
+        self._window.score()
         return self._window.loss_scores
 
     # ---- the last micro-batch
@@ -170,11 +175,15 @@ class PerSampleMetric(SampleObserver):
             RuntimeError: a rank has not come in time, or is at another step. No collective was started.
             ValueError: ranks are at different calls.
         """
-        partners = Partners(group, timeout)
+        what = f"{self.name}.sync_scores({'losses=True' if losses else ''})"
+        partners, rows = Partners(group, timeout), self._window.in_parts
+        if rows is not None:
+            add_up_waiting(rows, what, self._window.steps, timeout)
         scores: Any = self.loss_scores if losses else self.scores
         several = not isinstance(scores, SampleScores)
         own = list(scores) if several else [scores]
-        what = f"{self.name}.sync_scores({'losses=True' if losses else ''})"
+        if rows is not None and not rows.ranks.counts:
+            own = [SampleScores()]  # another rank has those of the same samples
         found = scores_of_all(partners, own, what, self._window.steps)
         return ScoreColumns.of(found) if several else found[0]
 
@@ -224,6 +233,8 @@ class PerSampleMetric(SampleObserver):
         uncovered = dict(self._capture.coverage.uncovered)
         facts: dict[str, Any] = {"unrecorded": self.unrecorded}
         facts["proved"] = not doubts
+        if self._window.in_parts is not None:
+            facts["in_parts"] = IN_PARTS
         more = {"taken_back": taken_back, "not_proved": doubts, "not_covered": uncovered}
         return facts | {name: found for name, found in more.items() if found}
 
@@ -317,10 +328,24 @@ class PerSampleMetric(SampleObserver):
 
     def load_ranks(self, saved: RankStates) -> str:
         """Continue from states that ranks have saved, and return what the open window lacks then; "" for nothing."""
+        in_parts = any(state.get("in_parts") for state in saved.by_rank.values())
+        if saved.own is None and saved.alike is not None and (in_parts or self._window.in_parts is not None):
+            return self._load_others(saved)
         why = super().load_ranks(saved)
         if saved.place.ranks == 1:
             self._window.settle()
         return why
+
+    def _load_others(self, saved: RankStates) -> str:
+        """Go on from ranks that held other parts of the parameters: with their scores, where this rank has whole
+        gradients, and without the open window."""
+        begin = saved.alike
+        assert begin is not None
+        if self._window.in_parts is None and saved.complete:
+            scores = self._window.added_scores(saved.others)
+            begin = {**begin, **scores}
+        self.load_state_dict(begin)
+        return OTHER_PARTS.format(saved.ranks)
 
     def merge(self, other: PerSampleMetric) -> None:
         """Add the open window of another one of the same layers (of another rank or interval): distributions, noise
@@ -330,6 +355,10 @@ class PerSampleMetric(SampleObserver):
         if other._layers != self._layers:
             raise ValueError(f"other: it measures the layers {other._layers!r}, this one {self._layers!r}")
         mine, theirs = self._window, other._window
+        if mine.in_parts is not None or theirs.in_parts is not None:
+            raise ValueError(
+                "other: ranks hold parts of these samples' gradients (tensor parallelism); global_window() adds them up"
+            )
         if theirs.columns != mine.columns:
             raise ValueError(f"other: it has {theirs.columns} distributions per layer, this one {mine.columns}")
         if (theirs.noise is None) != (mine.noise is None):

@@ -21,8 +21,14 @@ from lipcore.models.tensor_parallel import PartRanks
 
 _MOST_BYTES = 64 << 20  # in the open window, and of windows before whose samples have names
 TOO_MANY = (
-    "ranks hold parts of the parameters (tensor parallelism), and more than 64 MiB of single samples' squares waited to "
-    "be added up; call global_window() on every rank more often, with shorter windows, or pass a larger every_steps="
+    "ranks hold parts of the parameters (tensor parallelism), and more than 64 MiB of single samples' squares waited "
+    "to be added up; call global_window() on every rank more often, with shorter windows, or pass a larger every_steps="
+)
+#: What is so of a rank's own numbers.
+IN_PARTS = "over this rank's parts of the parameters (tensor parallelism); whole samples' are in global_window()"
+OTHER_PARTS = (
+    "{0} ranks have saved squares of single samples, over parts of the parameters (tensor parallelism) that lie "
+    "otherwise here, so the open window begins anew"
 )
 _SAME = 1e-2  # relative, of squares of what ranks hold alike: they may be computed by other kernels
 
@@ -67,10 +73,8 @@ class PassRows:
     def _take(self, total: Tensor, ranks: int) -> None:
         """Take the sum over the ranks."""
         squares, several = total.split([len(self.squares), len(self.alike)])
-        mine = ranks * self.alike.cpu()
-        wrong = (several - mine).abs() > _SAME * (several + mine)
-        if bool(wrong.any()):
-            self.unlike = self.layers[int(wrong.any(1).nonzero()[0])]
+        if (unlike := unlike_row(several, self.alike.cpu(), ranks)) >= 0:
+            self.unlike = self.layers[unlike]
         self.squares, self.whole = squares, True
 
     def norms(self) -> Tensor:
@@ -208,12 +212,20 @@ def check_part_rows(state: Any, rows: PartRows | None) -> None:
     there = f"part {state.get('place')} of {state.get('ranks')}"
     if here != there:
         raise ValueError(
-            f"in_parts: the state has squares of single samples over {there} of the parameters (tensor parallelism), and "
-            f"this rank holds {here}; go on with the same plan, or save behind global_window() at the end of a window"
+            f"in_parts: the state has squares of single samples over {there} of the parameters (tensor parallelism), "
+            f"and this rank holds {here}; go on with the same plan, or save at a window's end, behind global_window()"
         )
     shapes = {len(each) for each in state.get("squares", [])}
     if rows is not None and not shapes <= {rows._places}:
         raise ValueError(f"in_parts: expected squares at {rows._places} places, got {sorted(shapes)}")
+
+
+def unlike_row(several: Tensor, own: Tensor, ranks: int) -> int:
+    """Return the first row of squares [rows, B] of which so many ranks do not have the same, by their sum; -1 for
+    none."""
+    mine = ranks * own
+    wrong = ((several - mine).abs() > _SAME * (several + mine)).any(1)
+    return int(wrong.nonzero()[0]) if bool(wrong.any()) else -1
 
 
 def observe_whole(rows: Iterable[PassRows], places: int) -> list[Distribution]:

@@ -34,11 +34,11 @@ class Norms(Mapping[str, Tensor]):
         shape: tuple[int, ...],
         same_as: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self._what, self._rows, self.reasons, self._shape, self._same_as = what, rows, reasons, shape, same_as
+        self._what, self.rows, self.reasons, self._shape, self._same_as = what, rows, reasons, shape, same_as
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._rows:
-            return self._rows[name]
+        if name in self.rows:
+            return self.rows[name]
         if name in self.reasons:
             return torch.full(self._shape, torch.nan, dtype=_float64, device="cpu")
         raise KeyError(self._unknown(name))
@@ -57,11 +57,11 @@ class Norms(Mapping[str, Tensor]):
         return f"no {self._what} {name!r} was measured; there are{count} {', '.join(map(repr, shown))}"
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._rows
-        yield from (name for name in self.reasons if name not in self._rows)
+        yield from self.rows
+        yield from (name for name in self.reasons if name not in self.rows)
 
     def __len__(self) -> int:
-        return len(set(self._rows) | set(self.reasons))
+        return len(set(self.rows) | set(self.reasons))
 
 
 class PassNorms:
@@ -69,6 +69,7 @@ class PassNorms:
 
     Attributes:
         names, layers: the parameters and the layers that brought numbers.
+        rows: squared norms per parameter, float64 [names, B].
         layer_index: the layers of the model.
         total: the name of the total's place.
         parts: the ranks that hold parts of the gradients, of which these are this rank's; None where they are whole.
@@ -88,18 +89,18 @@ class PassNorms:
         found = record.norms_sq
         self.names, self.layers, self._index = layer_index.of(found)
         if isinstance(found, Rows) and found.names == self.names:
-            self._rows = found.table
+            self.rows = found.table
         elif self.names:
-            self._rows = torch.stack([found[name] for name in self.names])
+            self.rows = torch.stack([found[name] for name in self.names])
         else:
-            self._rows = torch.empty(0, record.samples, dtype=_float64, device="cpu")
+            self.rows = torch.empty(0, record.samples, dtype=_float64, device="cpu")
         if factor.tensor is not None or factor.number != 1:
-            self._rows = self._rows * (factor.value * factor.value)
+            self.rows = self.rows * (factor.value * factor.value)
 
     @cached_property
     def squares(self) -> Tensor:
         """Squared norms per layer and, last, in total, float64 [layers + 1, B]."""
-        return self._sums(self._rows, self._index)
+        return self._sums(self.rows, self._index)
 
     def _sums(self, rows: Tensor, index: list[int]) -> Tensor:
         """Return the sums of some parameters' rows per layer and, last, in total."""
@@ -122,7 +123,7 @@ class PassNorms:
 
     def _of(self, chosen: list[int]) -> Tensor:
         """Return the squares of some of the parameters."""
-        rows = self._rows.index_select(0, self.layer_index.on(self._rows.device, chosen))
+        rows = self.rows.index_select(0, self.layer_index.on(self.rows.device, chosen))
         return self._sums(rows, [self._index[i] for i in chosen])
 
     @property
@@ -132,7 +133,7 @@ class PassNorms:
         assert self.parts is not None
         whole = [i for i, name in enumerate(self.names) if name not in self.parts.cuts]
         places = sorted({self._index[i] for i in whole})
-        alike = self._of(whole).index_select(0, self.layer_index.on(self._rows.device, places))
+        alike = self._of(whole).index_select(0, self.layer_index.on(self.rows.device, places))
         return self._per_place(self.added), alike, [self.layers[place] for place in places]
 
     @property
@@ -168,7 +169,7 @@ class PassNorms:
 
     @property
     def per_parameter(self) -> Norms:
-        rows = dict(zip(self.names, self._rows.sqrt(), strict=True)) if self.names else {}
+        rows = dict(zip(self.names, self.rows.sqrt(), strict=True)) if self.names else {}
         return Norms("parameter", rows, self.record.reasons, (self.samples,), self.layer_index.tied)
 
     @property

@@ -41,8 +41,8 @@ _OTHER_SAMPLES = (
     "up; give these ranks the same batches and ids"
 )
 _NOT_IN_GROUP = (
-    "rank {0} holds parts of the parameters together with rank {1} (tensor parallelism), which is not in the group; pass "
-    "all ranks that train one model as group="
+    "rank {0} holds parts of the parameters together with rank {1} (tensor parallelism), which is not in the group; "
+    "pass all ranks that train one model as group="
 )
 
 
@@ -108,6 +108,7 @@ class PerSamplePart(RankPart):
         """Return why the ranks that hold parts cannot add them up."""
         if self.parts is None or not self._told:
             return ""
+        assert self.holding is not None
         told = dict(zip(self.holding.ranks, (each["in_parts"] for each in self._told), strict=True))
         for rank, (ranks, count, bits, off, _) in told.items():
             if off:
@@ -190,7 +191,7 @@ class PerSamplePart(RankPart):
         result.details["proved"] = not self.heard["not_proved"]
         if self.parts is not None and (number := int(together.largest[-1][0])):
             why = UNLIKE.format(self._all_layers[number - 1])
-            result.details |= {"norms_off": why, "noise_scale_off": why}
+            result.details["norms_off"] = result.details["noise_scale_off"] = why
             return result
         distributions = distributions_of(together.largest[0], sums[:2])
         total = self.total

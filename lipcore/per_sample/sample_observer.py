@@ -22,12 +22,14 @@ from lipcore.metric.rank_part import Holding
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.models.capturing import is_capturing
 from lipcore.models.names import with_prefix
+from lipcore.per_sample.doubts import doubt_of
 from lipcore.per_sample.layer_index import LayerIndex, layers_of_parameters, tied_names
 from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.loss_reduction import Reduction
 from lipcore.per_sample.methods import check_methods
 from lipcore.per_sample.noise.noise_sums import HOOKED, NoiseSums
 from lipcore.per_sample.open_step import MicroBatch, PassNumbers
+from lipcore.per_sample.part_rows import IN_PARTS
 from lipcore.per_sample.sample_names import NamedSamples
 from lipcore.per_sample.sample_window import SampleWindow
 from lipcore.per_sample.scores.score_columns import Scores
@@ -363,15 +365,13 @@ class SampleObserver(StandaloneMetric):
     def _doubt_of(self, batches: Sequence[MicroBatch]) -> str:
         """Return why numbers of these micro-batches are not known, not proved, or not of all parameters; "" where
         they are."""
-        records = [batch.norms.record for batch in batches]
-        missing = next(filter(None, (record.broken or record.hidden for record in records)), "")
-        unproved = self._unknown_scale or next(filter(None, (record.unproved for record in records)), "")
-        return "; ".join(filter(None, (missing, unproved and f"not proved: {unproved}", self._share_note)))
+        return doubt_of([batch.norms.record for batch in batches], self._unknown_scale, self._share_note)
 
     @property
     def _share_note(self) -> str:
         share = self._capture.coverage.share if self._capture is not None else ""
-        return f"over the covered parameters only: {share}" if share else ""
+        note = f"over the covered parameters only: {share}" if share else ""
+        return "; ".join(filter(None, [note, "" if self._window.in_parts is None else IN_PARTS]))
 
     def take_error(self) -> Exception | None:
         """Return, once, a warning that the filters have made an error of."""

@@ -315,6 +315,12 @@ class SampleWindow:
         shared = with_steps(begin["shared"], [state["share"] for state in others if state["share"]])
         found = {"dropped": dropped, "shared": shared}
         found |= {key: added_doubts([state.get(key, []) for state in others]) for key in _DOUBTS}
+        found |= self.added_scores(others)
+        return {**begin, **found, **added_blocks([begin, *others])}
+
+    def added_scores(self, others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the scores of all of these states, as a state has them."""
+        found = {}
         for key, make in (("scores", self._make_scores), ("loss_scores", SampleScores)):
             scores = make()
             for state in others:
@@ -324,7 +330,7 @@ class SampleWindow:
                 one.load_state_dict(state[key])
                 scores.merge(one)  # type: ignore[arg-type]
             found[key] = scores.state_dict()
-        return {**begin, **found, **added_blocks([begin, *others])}
+        return found
 
     def settle(self) -> None:
         """Take into the noise scale the steps that other ranks have made, in the one process that goes on from all of

@@ -33,9 +33,8 @@ WITHOUT_NOISE = {
 }
 #: Norms that a rank cannot know: the other ranks' windows say so.
 LEFT_OUT = {
-    "tensor_parallel": r"module 'a' \(Linear\): a DTensor \(tensor parallel\) has no per-sample gradients on one rank",
     "context_parallel": r"exchanges activations with other ranks \(tensor, sequence, context or expert parallelism\)",
-    "sequence_parallel": r"a DTensor \(tensor parallel\) has no per-sample gradients on one rank",
+    "sequence_parallel": r"module 'norm' \(LayerNorm\): its input lies on its ranks as S\(1\), and not whole",
     "expert_parallel": r"exchanges activations with other ranks \(tensor, sequence, context or expert parallelism\)",
 }
 OTHERS = {"scores_by_id", "taken_back", "left_over", "counted"}

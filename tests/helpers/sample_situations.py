@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from pipeline import STAGES, run_stage, stage_of
-from rank_situations import STEPS, WINDOW, Columns, Data, data_of, fsdp, made, planned
+from rank_situations import STEPS, WINDOW, Data, data_of, fsdp, made
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -42,20 +42,31 @@ class Truth:
         reduction: "mean" divides the samples of a rank by their number, and the sum over ranks by theirs.
         micro: micro-batches per step, each a batch of the data.
         every: steps of which one is recorded.
+        layers: of the model.
+        loss: of one sample, summed.
     """
 
-    def __init__(self, model: nn.Module, reduction: str = "mean", micro: int = 1, every: int = 1) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        reduction: str = "mean",
+        micro: int = 1,
+        every: int = 1,
+        layers: Sequence[str] = LAYERS,
+        loss: Callable[[Tensor, Tensor], Tensor] = sum_loss,
+    ) -> None:
         self.model, self.reduction, self.micro, self.every = model, reduction, micro, every
-        self.noise = NoiseScale(len(LAYERS) + 1)
+        self.layers, self.loss = layers, loss
+        self.noise = NoiseScale(len(layers) + 1)
 
     def windows(self, batches: Sequence[Data]) -> list[dict[str, float]]:
         """Numbers of every window."""
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        found, norms = [], [Distribution() for _ in range(len(LAYERS) + 1)]
+        found, norms = [], [Distribution() for _ in range(len(self.layers) + 1)]
         steps = STEPS // self.micro
         for step in range(steps):
             grads, weights = self._samples(batches, step)
-            squares = _per_layer(self.model, grads)
+            squares = _per_layer(self.model, grads, self.layers)
             recorded = step % self.every == 0
             for place, row in zip(norms, squares.sqrt().unbind(1), strict=True):
                 place.observe(row[: len(row) * recorded])
@@ -78,7 +89,7 @@ class Truth:
             for part in range(self.micro):
                 x, y = data[step * self.micro + part]
                 for i in range(len(x)):
-                    loss = sum_loss(self.model(x[i : i + 1]), y[i : i + 1])
+                    loss = self.loss(self.model(x[i : i + 1]), y[i : i + 1])
                     grads.append(list(torch.autograd.grad(loss, list(self.model.parameters()))))
                     share = 1 / len(x) if self.reduction == "mean" else 1.0
                     weights.append(share / self.micro / len(batches))
@@ -86,13 +97,13 @@ class Truth:
 
     def _observe(self, squares: Tensor, weights: Tensor, gradient: list[Tensor]) -> None:
         v = weights / weights.sum()
-        batch = _per_layer(self.model, [gradient])[0] / weights.sum() ** 2
+        batch = _per_layer(self.model, [gradient], self.layers)[0] / weights.sum() ** 2
         s = float(v.square().sum())
         self.noise.observe_weighted((v.square() @ squares) / s, batch, len(v), 1 / s)
 
     def _numbers(self, norms: list[Distribution]) -> dict[str, float]:
         out = {}
-        for place, distribution, noise in zip((*LAYERS, "total"), norms, self.noise.finalize(), strict=True):
+        for place, distribution, noise in zip((*self.layers, "total"), norms, self.noise.finalize(), strict=True):
             for reducer, value in distribution.reduced("exact").items():
                 out[f"{NAME}/norm.{reducer}/{place}"] = value.value
             out[f"{NAME}/norm.missing/{place}"] = 0.0
@@ -101,11 +112,11 @@ class Truth:
         return out
 
 
-def _per_layer(model: nn.Module, grads: Sequence[list[Tensor]]) -> Tensor:
+def _per_layer(model: nn.Module, grads: Sequence[list[Tensor]], layers: Sequence[str] = LAYERS) -> Tensor:
     """Squared norms of each of several gradients, [gradients, layers and total]."""
     names = [name.partition(".")[0] for name, _ in model.named_parameters()]
     rows = [
-        [sum(float(g.square().sum()) for g, name in zip(grad, names, strict=True) if name == layer) for layer in LAYERS]
+        [sum(float(g.square().sum()) for g, name in zip(grad, names, strict=True) if name == layer) for layer in layers]
         for grad in grads
     ]
     squares = torch.tensor(rows, dtype=torch.float64)
@@ -465,12 +476,6 @@ def pipeline(rank: int, world: int) -> dict[str, Any]:
     return compared(found, expected)
 
 
-def tensor_parallel(rank: int, world: int) -> dict[str, Any]:
-    model = planned(made(Columns), init_device_mesh("cpu", (world,)))
-    optimizer, monitor = monitored(model, metrics=[PerSampleGradNorms(loss_reduction="mean"), Trajectory()])
-    return stopped(monitor, model, optimizer, data_of([0])[0])
-
-
 class Exchanging(nn.Module):
     """Half of each sequence on each rank; tokens see those of the other half."""
 
@@ -653,7 +658,7 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
     """Name, ranks and work of each that needs so many."""
     two = (ddp, summed_loss, unequal_batches, one_sample_each, empty_rank, accumulated, fsdp2, fsdp2_unequal,
            reduced_by_hand, module_inside, communication_hook, other_divisor, independent, independent_for_themselves,
-           joined, every_second_step, late_call, loaded_within, left_over, counted, pipeline, tensor_parallel,
+           joined, every_second_step, late_call, loaded_within, left_over, counted, pipeline,
            context_parallel, sequence_parallel, expert_parallel, scores_by_id, taken_back)  # fmt: skip
     for work in two if ranks == 2 else (hsdp, subgroups, group_of_some):
         yield work.__name__, ranks, quiet(work)

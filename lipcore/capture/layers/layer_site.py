@@ -175,7 +175,12 @@ class LayerSite:
             passes.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
             return None
         watch(output, functools.partial(self._other_output_used, run))
-        fuses = self._fused and self._parts is None and can_fuse(self.rule, module, call.arguments, call.batch) and _site_of(tensor) is None
+        fuses = (
+            self._fused
+            and self._parts is None
+            and can_fuse(self.rule, module, call.arguments, call.batch)
+            and _site_of(tensor) is None
+        )
         fuses = fuses and run.left_to_graph.isdisjoint(self.names.values())
         if not inner:
             run.tapped[self.number][-1] = "fused" if fuses else "passed on"

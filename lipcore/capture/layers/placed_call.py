@@ -17,23 +17,22 @@ from lipcore.capture.layers.options import LayerOptions
 from lipcore.layers import Rule
 from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.rule import Cut
-from lipcore.models.tensor_parallel import PartRanks
 from lipcore.models.dtensors import local_of
+from lipcore.models.tensor_parallel import PartRanks
 
 SKIP = "on_unsupported='skip' leaves its parameters out"
 _LIES = (
-    "{0} lies on its ranks as {1}, and not {2}, so that a rank's rows make a part of the sum that a sample's gradient is "
-    "(sequence parallelism, or partial sums that are passed on), and squares of such do not add up; "
-    + SKIP
+    "{0} lies on its ranks as {1}, and not {2}, so that a rank's rows make a part of the sum that a sample's gradient "
+    "is (sequence parallelism, or partial sums that are passed on), and squares of such do not add up; " + SKIP
 )
 _NO_CUT = (
-    "lies in parts on several ranks (tensor parallelism, cut along dimension {0}), and a {1} has no gradient of its part "
-    "that would add up; " + SKIP
+    "lies in parts on several ranks (tensor parallelism, cut along dimension {0}), and a {1} has no gradient of its "
+    "part that would add up; " + SKIP
 )
 _NO_RULE = "is a DTensor (tensor parallelism), and no layer's rule measures it; " + SKIP
 _NOT_OF_PARTS = (
-    "{0}: the model's parameters lie in parts on several ranks (tensor parallelism), which add up squared norms of whole "
-    "gradients alone; leave it out"
+    "{0}: the model's parameters lie in parts on several ranks (tensor parallelism), which add up squared norms of "
+    "whole gradients alone; leave it out"
 )
 _COMPILED = (
     "model: is compiled, and its parameters lie in parts on several ranks (tensor parallelism): what they add up stays "

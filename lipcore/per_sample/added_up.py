@@ -1,0 +1,88 @@
+"""Squares of parts of samples' gradients, added up when a user asks for it, by the ranks that hold the parts."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipcore.distributed.partial_sums import Partial, add_up
+from lipcore.distributed.partners import Partners
+from lipcore.models.tensor_parallel import PartRanks
+from lipcore.per_sample.part_rows import PartRows, bits_of, unlike_row
+from lipcore.per_sample.pass_norms import PassNorms
+from lipcore.per_sample.rank_part import UNLIKE
+
+#: Why the last pass's norms cannot be read.
+ASK = (
+    "{0}: parts of the model's parameters lie on ranks {1} (tensor parallelism), and the norm of a sample is the root "
+    "of a sum over them; call sync_norms() on each of these ranks first, behind the same backward pass"
+)
+_OTHER = (
+    "{0}: ranks {1} hold parts of the same gradients, and have recorded other samples ({2} on rank {3}, {4} on rank "
+    "{5}); give these ranks the same batches"
+)
+
+
+def whole_norms(norms: PassNorms, what: str, step: int, timeout: float) -> PassNorms:
+    """Return the norms of a backward pass with what all ranks hold of them. A collective of these ranks.
+
+    Args:
+        what: for which call, in words.
+        step: the number of steps that this rank has made.
+        timeout: seconds to wait for the others.
+
+    Raises:
+        RuntimeError: a rank has not come, or is elsewhere. No collective was started.
+        ValueError: ranks have other samples, or have not seen the same of them.
+    """
+    parts = norms.parts
+    assert parts is not None
+    names = zlib.crc32(repr((norms.names, norms.record.broken)).encode())
+    _meet(parts, what, step, timeout, [norms.samples, names])
+    if norms.record.broken:
+        return norms
+    mine = torch.tensor([parts.counts or name in parts.cuts for name in norms.names])
+    rows = norms.rows.cpu()
+    added = rows.masked_fill(~mine.unsqueeze(1), 0)
+    found: list[Tensor] = []
+    add_up([Partial(torch.cat([added, rows]), parts.handle, found.append)])
+    whole, every = found[0].split(len(rows))
+    alike = [i for i, name in enumerate(norms.names) if name not in parts.cuts]
+    unlike = unlike_row(every[alike], rows[alike], len(parts.ranks))
+    flags: list[Tensor] = []
+    add_up([Partial(torch.tensor([float(unlike >= 0)], dtype=torch.float64), parts.handle, flags.append)])
+    if float(flags[0]):
+        layer = norms.layer_index.layer_of[norms.names[alike[max(unlike, 0)]]]
+        raise ValueError(f"{what}: {UNLIKE.format(layer)}")
+    result = copy.copy(norms)
+    result.__dict__.pop("squares", None)
+    result.rows, result.parts = whole.to(norms.rows.device), None
+    return result
+
+
+def add_up_waiting(rows: PartRows, what: str, step: int, timeout: float) -> None:
+    """Add up the squares of samples with ids that wait for it. A collective of the ranks that hold parts; what
+    :func:`whole_norms` raises."""
+    waiting = rows.waiting
+    _meet(rows.ranks, what, step, timeout, bits_of(waiting))
+    add_up([each.partial(rows.ranks) for each in waiting])
+    unlike = next((each.unlike for each in waiting if each.unlike), "")
+    if unlike:
+        raise ValueError(f"{what}: {UNLIKE.format(unlike)}")
+
+
+def _meet(parts: PartRanks, what: str, step: int, timeout: float, samples: list[int]) -> None:
+    partners = Partners(parts.handle, timeout)
+    group = partners.find()
+    assert group is not None
+    header: dict[str, Any] = {"version": 1, "call": what, "samples": samples}
+    headers = partners.meet(group, what, step, header)
+    for rank, other in zip(group.ranks, headers, strict=True):
+        if other != header:
+            mine = parts.ranks[parts.place]
+            counts = samples[0], mine, other.get("samples", ["none"])[0], rank
+            raise ValueError(_OTHER.format(what, list(group.ranks), *counts))
