@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipcore.distributed.gradient_parts import gradient_part, why_not_known
 from lipcore.metric.protocol import Needs
 from lipcore.metric.rank_part import FSDP1_PIECES, Holding
 from lipcore.metric.results import MetricResult
@@ -181,7 +182,7 @@ class SampledSteps(StandaloneMetric):
         for place, parameter in enumerate(parameters, begin):
             tensor: Tensor | None = parameter.owner.get(parameter.key)
             if tensor is not None and of_gradients:
-                tensor = tensor.grad
+                tensor = self._part(place, parameter.name, tensor)
             if tensor is None:
                 continue
             values = readable(tensor)
@@ -191,6 +192,14 @@ class SampledSteps(StandaloneMetric):
                 tensors.append(values)
                 places.append(place)
         return tensors, places
+
+    def _part(self, place: int, name: str, parameter: Tensor) -> Tensor | None:
+        """Return what the gradient of a parameter has of the elements that this rank holds; None for nothing."""
+        gradient = parameter.grad
+        part = None if gradient is None else gradient_part(parameter, gradient)
+        if part is None and gradient is not None:
+            self._note(place, why_not_known(name, parameter, gradient))
+        return part
 
     def _is_captured(self, tensor: Tensor) -> bool:
         captured = is_capturing(tensor)

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lipcore import _core
+from lipcore.distributed.gradient_parts import gradient_part, why_not_known
 from lipcore.metric.results import MetricResult
 from lipcore.models.device_index import DeviceIndices
 from lipcore.trajectory.describe import GRADIENTS
-from lipcore.trajectory.parameters import WatchedParameter, local_shard
+from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.table import COLUMN
 from lipcore.trajectory.tracker import Tracker
 
@@ -113,7 +114,7 @@ class Gradients:
         self._stepping: list[Optimizer] = []  # those that were about to make this step
         self._watched, wanted = watched, set(stages)
         self._held = [*watched, *others]
-        # Alone the gradients of DTensors can be partial.
+        # Of the gradients of DTensors alone a rank may not know its part.
         self._left = [parameter for parameter in others if hasattr(parameter.owner[parameter.key], "placements")]
         self.trackers = {
             stage: GradientTracker(watched, ring, window_blocks, steps) for stage in GRADIENTS if stage in wanted
@@ -129,13 +130,17 @@ class Gradients:
         #: them by name is told when nobody did.
         self._expected = BEFORE in self.trackers and by_name
         self.missed = 0  #: steps with gradients of which nobody said that backward had ended
+        #: Why steps of the open window have no norm of some stage although there were gradients, by stage.
+        self.unknown: dict[str, str] = {}
+        self._was_told = False  # that backward had ended, in this step
 
     def observe_before_clipping(self, scale: Tensor | float = 1.0) -> None:
         """Take the gradients after a backward pass; `scale` is what the loss was multiplied by."""
         if BEFORE in self.trackers:
             self._expected = True
             # An optimizer inside the backward pass has taken them away by now.
-            self._before = self._sums(scale, self._buffers[BEFORE]) if self._any() else None
+            self._was_told = self._any()
+            self._before = self._sums(BEFORE, scale, self._buffers[BEFORE]) if self._was_told else None
 
     def observe_used(self, optimizer: Optimizer | None = None) -> None:
         """Take the gradients right before the step of this optimizer; without one, before the step of all of them."""
@@ -147,11 +152,11 @@ class Gradients:
         scale = getattr(optimizer, "grad_scale", None)
         scale = 1.0 if scale is None else scale
         if self._used is None or optimizer is None:
-            self._used = self._sums(scale, self._buffers[USED])
+            self._used = self._sums(USED, scale, self._buffers[USED])
             return  # others' parameters too, until their own call
         if self._others is None:
             self._others = self._new_sums()
-        sums = self._sums(scale, self._others)
+        sums = self._sums(USED, scale, self._others)
         if sums is None:
             self._used = None
             return
@@ -183,32 +188,52 @@ class Gradients:
                 tracker.observe_nothing()
             elif tracker.observe(sums):
                 tracker.settle()
-        if before is None and self._expected and self._any():
+        if before is None and self._expected and not self._was_told and self._any():
             self.missed += 1
+        self._was_told = False
 
     def _any(self) -> bool:
-        return any(_gradient(parameter) is not None for parameter in self._held)
+        return any(_with_gradient(parameter).grad is not None for parameter in self._held)
 
     def _new_sums(self) -> Tensor:
         return torch.empty(len(self._watched), _core.STEP_COLUMNS, dtype=torch.float64, device=self._device)
 
-    def _sums(self, scale: Tensor | float, out: Tensor) -> Tensor | None:
-        """Write the sums of every parameter's gradient to `out` and return it; None where one has no value of its
-        own."""
-        if any(_is_partial(_gradient(parameter)) for parameter in self._left):
+    def forget_unknown(self) -> None:
+        """Forget why steps have no norms: a window begins."""
+        self.unknown.clear()
+
+    def _sums(self, stage: str, scale: Tensor | float, out: Tensor) -> Tensor | None:
+        """Write the sums of every parameter's gradient to `out` and return it; None where this rank does not know its
+        part of one."""
+        if self._left and self._parts(stage, self._left) is None:
             return None
         if not self._list.read(out):
             # The slow way, for those that are sparse, sharded or strided.
-            gradients = [_gradient(parameter) for parameter in self._watched]
-            if any(_is_partial(gradient) for gradient in gradients):
+            parts = self._parts(stage, self._watched)
+            if parts is None:
                 return None
             nothing = torch.empty(0, device=self._device)
-            _core.square_sums([nothing if g is None else _dense(local_shard(g)) for g in gradients], out)
+            _core.square_sums([nothing if part is None else _dense(part) for part in parts], out)
         if isinstance(scale, Tensor) or scale != 1.0:
             square = _square_of(scale, out)
             out[:, 0] /= square
             out[:, 3] /= square
         return out
+
+    def _parts(self, stage: str, parameters: Sequence[WatchedParameter]) -> list[Tensor | None] | None:
+        """Return the parts of gradients that belong to what this rank holds, None for one that is not there; for all
+        where it does not know one of them."""
+        parts: list[Tensor | None] = []
+        for parameter in parameters:
+            tensor = _with_gradient(parameter)
+            gradient = tensor.grad
+            part = None if gradient is None else gradient_part(tensor, gradient)
+            if part is None and gradient is not None:
+                if stage not in self.unknown:
+                    self.unknown[stage] = why_not_known(parameter.name, tensor, gradient)
+                return None
+            parts.append(part)
+        return parts
 
     def describe(self, result: MetricResult, wanted: frozenset[str]) -> None:
         """Add grad_norm and clipped_grad_norm to a result."""
@@ -237,13 +262,10 @@ def _ids_of(optimizers: Iterable[Any]) -> set[int]:
     return {id(tensor) for group in groups for tensor in group["params"]}
 
 
-def _gradient(parameter: WatchedParameter) -> Tensor | None:
+def _with_gradient(parameter: WatchedParameter) -> Tensor:
+    """Return the tensor that has the gradient: of a master copy, the parameter."""
     tensor = parameter.owner.get(parameter.key) if parameter.shadow is None else parameter.shadow
-    return (parameter.tensor if tensor is None else tensor).grad
-
-
-def _is_partial(gradient: Any) -> bool:
-    return any(placement.is_partial() for placement in getattr(gradient, "placements", ()))
+    return parameter.tensor if tensor is None else tensor
 
 
 def _dense(gradient: Tensor) -> Tensor:

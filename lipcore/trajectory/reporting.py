@@ -68,6 +68,8 @@ class Reported(Listened):
             result.details["moved_after_steps"] = self._late_moves
         if self._apart:
             result.details["distance_apart_by"] = self._apart
+        if self._built.gradients is not None:
+            result.details.update({f"{stage}_off": why for stage, why in self._built.gradients.unknown.items()})
         if self._carried is not None:
             result.details["steps_of_other_parts"] = len(self._carried.steps)
         return result
@@ -121,6 +123,8 @@ class Reported(Listened):
         self._require_bound()
         for tracker in self._built.all_trackers:
             tracker.reset()
+        if self._built.gradients is not None:
+            self._built.gradients.forget_unknown()
         self._carried = None
         self._jumps, self._late_moves = [], 0
         self._skipped = deque([0], maxlen=self._window_blocks)
@@ -131,6 +135,8 @@ class Reported(Listened):
         before = self._tracker.window_steps if self._jumps else 0
         for tracker in self._built.all_trackers:
             tracker.advance()
+        if self._built.gradients is not None:
+            self._built.gradients.forget_unknown()
         lost = before - self._tracker.window_steps if self._jumps else 0
         self._jumps = [steps - lost for steps in self._jumps if steps > lost]
         self._skipped.append(0)

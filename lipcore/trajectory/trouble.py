@@ -47,6 +47,8 @@ class Trouble:
                 f"grad_norm lacks {gradients.missed} steps: no backward pass was seen before them. Call "
                 "observe_gradients() after backward, or rebind() where a Monitor does and parameters were replaced",
             )
+        for stage, why in gradients.unknown.items() if gradients else ():
+            self._warn(f"{stage} unknown", f"{stage} lacks steps: {why}")
         rows = tracker.named_rows() if self._half else {}
         for parameter in self._half:
             shadow = parameter.tensor if parameter.shadow is None else parameter.shadow

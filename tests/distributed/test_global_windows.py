@@ -14,7 +14,7 @@ pytestmark = pytest.mark.ci  # four processes, for 20 s
 RIGHT = (
     *("ddp", "unequal_batches", "fsdp2", "tensor_parallel", "pipeline", "skipped_calls", "open_window"),
     *("a_metric_that_stops_on_one_rank", "after_rebind", "one_state_for_all", "loaded_into_the_same_monitor"),
-    "lacking_saved_again",
+    *("lacking_saved_again", "vocabulary", "sequence_parallel_added_up", "vocabulary_and_fsdp2"),
     *("hsdp", "tensor_parallel_and_fsdp2", "subgroups", "two_groups", "mesh_as_group"),
 )
 #: What the error says, on all ranks that make the call.
@@ -43,7 +43,7 @@ NAMED = {
     "other_steps": r"at different places: rank \d is at step [45], monitor.*; rank \d is at step [45], monitor",
     "a_rank_that_dies": r"window 0 over steps 1 to 4: rank \d has waited [\d.]+ s for rank 3",
 }
-OTHERS = {"counted", "independent_for_themselves", "saved_while_windows_wait"}
+OTHERS = {"counted", "sequence_parallel", "independent_for_themselves", "saved_while_windows_wait"}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,18 @@ def test_models_that_each_rank_trains_for_itself(found: Found) -> None:
     for numbers in found["independent_for_themselves"]:
         assert numbers["error"] <= 1e-7
         assert numbers["scopes"] == ["rank", "rank"]
+
+
+def test_norms_of_gradients_that_nobody_has_added_up(found: Found) -> None:
+    """As after SequenceParallel, a right number would take a collective: there is none, with the reason."""
+    for numbers in found["sequence_parallel"]:
+        assert_right(numbers["right"])
+        assert all("grad_norm" in key or "/norm" in key for key in numbers["absent"])
+        trajectory, statistics = numbers["details"][:2]
+        for said in (*(trajectory[f"{stage}_off"] for stage in ("grad_norm", "clipped_grad_norm")),
+                     statistics["not_read"]["gradient norm.weight"]):  # fmt: skip
+            assert "'norm.weight' is placed as (Partial(sum)), and the parameter is placed as (Replicate())" in said
+            assert "register_post_accumulate_grad_hook" in said
 
 
 def test_windows_that_wait_are_in_no_state(found: Found) -> None:

@@ -52,6 +52,19 @@ class Columns(nn.Module):
         return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
 
 
+class Words(nn.Module):
+    """A vocabulary of 8 words, of which the numbers of a batch are made, and a norm over each word of a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.norm = nn.Embedding(8, 6), nn.LayerNorm(6)
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = self.norm(self.words((3 * x).round().long().remainder(8)))
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(words)))).mean(1))
+
+
 def made(kind: Callable[[], nn.Module] = Net, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return kind().double()
@@ -369,6 +382,73 @@ def tensor_parallel_and_fsdp2(rank: int, world: int) -> dict[str, Any]:
     expected = truth(made(Columns), data_of(replicas))
     model = fsdp(planned(made(Columns), mesh["tp"]), mesh["dp"])
     return errors(merged(model, data_of(replicas)[mesh["dp"].get_local_rank()]), expected)
+
+
+def vocabulary_in_parts(model: nn.Module, mesh: Any, *, sequence: bool = False) -> Any:
+    """Cut the vocabulary, of whose gradient torch gives each rank the whole; with `sequence`, give each rank a part of
+    the positions between layers, so that the norm's gradient is a sum that nobody has added up."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    between = Shard(1) if sequence else Replicate()
+    plan = {
+        "words": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
+        "a": ColwiseParallel(input_layouts=between),
+        "b": RowwiseParallel(),
+    }
+    return parallelize_module(model, mesh, {**plan, "norm": SequenceParallel()} if sequence else plan)
+
+
+def statistics(windows: Sequence[Any]) -> list[dict[str, float]]:
+    """Of gradients as TensorStats has them; without means, which are sums of rounding errors behind a norm."""
+    return [{k: v for k, v in flat_of(window).items() if "/gradient." in k and ".mean" not in k} for window in windows]
+
+
+def vocabulary(rank: int, world: int, *, sequence: bool = False, added: bool = False) -> dict[str, Any]:
+    """Gradients that lie otherwise on the ranks than their parameters, of Trajectory and TensorStats."""
+    data, twin = data_of([0])[0], made(Words)
+    expected, every = truth(made(Words), [data]), {"outputs": [], "every_steps": 1}
+    optimizer, monitor = monitored(twin, metrics=[lipcore.TensorStats(**every)], group=None)
+    with monitor:
+        train(twin, optimizer, data)
+    model = vocabulary_in_parts(made(Words), init_device_mesh("cpu", (world,)), sequence=sequence)
+    for parameter in model.parameters() if added else ():
+        parameter.register_post_accumulate_grad_hook(redistribute)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        windows = merged(model, data, metrics=[Trajectory(stats=STATS), lipcore.TensorStats(**every)])
+    found = errors(windows, [e | s for e, s in zip(expected, statistics(list(monitor.history)), strict=True)])
+    details = [dict(window[name].details) for window in windows for name in ("trajectory", "tensor_stats")]
+    return found | {"details": details, "right": errors(windows, [right_without_norms(each) for each in expected])}
+
+
+def redistribute(parameter: Any) -> None:
+    if hasattr(parameter, "placements"):
+        parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
+
+
+def right_without_norms(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in numbers.items() if "grad_norm" not in key}
+
+
+def sequence_parallel(rank: int, world: int) -> dict[str, Any]:
+    return vocabulary(rank, world, sequence=True)
+
+
+def sequence_parallel_added_up(rank: int, world: int) -> dict[str, Any]:
+    return vocabulary(rank, world, sequence=True, added=True)
+
+
+def vocabulary_and_fsdp2(rank: int, world: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+    expected = truth(made(Words), data_of(range(2)))
+    model = fsdp(vocabulary_in_parts(made(Words), mesh["tp"], sequence=True), mesh["dp"])
+    return errors(merged(model, data_of(range(2))[mesh["dp"].get_local_rank()]), expected)
 
 
 def pipeline(rank: int, world: int, prefixes: Sequence[str] = ("stages.0", "stages.1")) -> dict[str, Any]:
@@ -709,7 +789,16 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
                  on_rank_0_alone, skipped_calls, open_window, other_steps, other_calls,
                  a_metric_that_stops_on_one_rank, after_rebind, counted, state_of_another_rank,
                  one_state_for_all, lacking_saved_again, saved_while_windows_wait,
-                 loaded_into_the_same_monitor):  # fmt: skip
+                 loaded_into_the_same_monitor, vocabulary, sequence_parallel,
+                 sequence_parallel_added_up):  # fmt: skip
         yield work.__name__, 2, work
-    for work in (hsdp, tensor_parallel_and_fsdp2, subgroups, two_groups, mesh_as_group, a_rank_that_dies):
+    for work in (
+        hsdp,
+        tensor_parallel_and_fsdp2,
+        vocabulary_and_fsdp2,
+        subgroups,
+        two_groups,
+        mesh_as_group,
+        a_rank_that_dies,
+    ):
         yield work.__name__, 4, work

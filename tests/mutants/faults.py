@@ -487,6 +487,20 @@ MUTANTS = (
         ("distributed/test_global_windows.py::test_right",),
     ),
     Mutant(
+        "a gradient that each rank has whole counts as a part on each",
+        "lipcore/distributed/gradient_parts.py",
+        "    for dim in cut:\n",
+        "    for dim in ():\n",
+        ("distributed/test_gradient_parts.py::test_all_that_read_gradients_count_a_part_once",),
+    ),
+    Mutant(
+        "what is in parts twice is cut as if it were so once",
+        "lipcore/distributed/gradient_parts.py",
+        "return None if cut & kept else cut",
+        "return cut",
+        ("distributed/test_gradient_parts.py::test_no_rank_knows_its_part",),
+    ),
+    Mutant(
         "owners of one group speak for another",
         "lipcore/metric/rank_part.py",
         "self._ranks = ranks",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lipcore import _core
 from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.parameters import GradientWatch
+from lipcore.distributed.gradient_parts import gradient_part, why_not_known
 from lipcore.models.ranks import under_process_group
 from lipcore.models.torch_internals import hooks_after_accumulation
 from lipcore.per_sample.layer_index import LayerIndex
@@ -148,12 +149,16 @@ class NoiseSums:
         for name, parameter in self._parameters():
             # One that was frozen may still have a gradient of before.
             if parameter.grad is not None and parameter.requires_grad and name in self._layer_index.layer_of:
-                if _is_sharded(parameter.grad):
+                part = gradient_part(parameter, parameter.grad)
+                if part is None:
+                    self.spoil(why_not_known(name, parameter, parameter.grad))
+                    continue
+                if _is_sharded(parameter):
                     self.off = SHARDED
                 self._hooked |= _is_hooked(parameter)
                 which.append(self._place[name])
                 index.append(self._layer_index.number[self._layer_index.layer_of[name]])
-                gradients.append(_dense(parameter.grad))
+                gradients.append(_dense(part))
                 if alone and _has_own_version(parameter.grad):
                     versions[name] = weakref.ref(parameter.grad), parameter.grad._version
         self._changed |= any(not _is_added_to(before, versions.get(name)) for name, before in self._versions.items())
@@ -247,14 +252,13 @@ def _is_added_to(before: _Seen, now: _Seen | None) -> bool:
     return same and now is not None and now[1] - before[1] <= 1
 
 
-def _is_sharded(gradient: Any) -> bool:
-    placements = getattr(gradient, "placements", ())
-    return any(not each.is_replicate() and gradient.device_mesh.size(i) > 1 for i, each in enumerate(placements))
+def _is_sharded(parameter: Any) -> bool:
+    placements = getattr(parameter, "placements", ())
+    return any(not each.is_replicate() and parameter.device_mesh.size(i) > 1 for i, each in enumerate(placements))
 
 
 def _dense(gradient: Tensor) -> Tensor:
     if gradient.is_sparse:
         gradient = gradient.coalesce().values()
-    local = getattr(gradient, "to_local", None)
-    gradient = gradient.detach() if local is None else local().detach()
+    gradient = gradient.detach()
     return gradient if torch.ops.aten.is_non_overlapping_and_dense(gradient) else gradient.contiguous()
