@@ -51,10 +51,11 @@ def in_parts(model: nn.Module, held: Iterable[tuple[str, str, Any]]) -> list[tup
 
 
 def mesh_of(model: nn.Module) -> Any:
-    """Return the mesh that the first parameter of a model that is spread over ranks is on."""
-    of_parameters = (p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh"))
-    of_groups = (group.mesh_info.mesh for module in fully_sharded(model) for group in fsdp_groups(module))
-    return next(of_parameters, None) or next(of_groups)
+    """Return the mesh that parameters of a model that is spread over ranks are on; of several the largest, which in a
+    model that is cut and sharded has the ranks of both."""
+    meshes = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
+    meshes += [group.mesh_info.mesh for module in fully_sharded(model) for group in fsdp_groups(module)]
+    return max(meshes, key=lambda mesh: mesh.size())
 
 
 def let_go(model: nn.Module) -> None:

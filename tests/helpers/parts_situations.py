@@ -283,14 +283,24 @@ def with_fsdp2(rank: int, world: int) -> dict[str, Any]:
     return compared(merged(model, data_of(range(2))[mesh["dp"].get_local_rank()]), expected)
 
 
-def with_ddp(rank: int, world: int) -> dict[str, Any]:
-    """Other numbers of samples on the replicas."""
+def with_fsdp2_unequal(rank: int, world: int) -> dict[str, Any]:
+    """Other numbers of samples on the replicas, and a table whose rows are in parts."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
-    sizes = {0: 2, 1: 5}
-    expected = Truth(made(Columns)).windows(data_of(range(2), sizes))
-    model = planned(made(Columns), mesh["tp"])
-    model = DDP(model, process_group=mesh["dp"].get_group())
-    return compared(merged(model, data_of(range(2), sizes)[mesh["dp"].get_local_rank()]), expected)
+    batches = [words_of([0], 2)[0], words_of([1], 5)[0]]
+    expected = Truth(made(Words), layers=LAYERS, loss=words_loss).windows(batches)
+    plan = words_plan(emb=RowwiseParallel(input_layouts=Replicate()))
+    model = fsdp(parallelize_module(made(Words), mesh["tp"], plan), mesh["dp"])
+    return compared(trained(model, batches[mesh["dp"].get_local_rank()], words_loss), expected)
+
+
+def with_ddp(rank: int, world: int) -> dict[str, Any]:
+    """DistributedDataParallel(device_mesh=) takes parts of parameters for parameters, and nobody knows of what."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+    model = DDP(planned(made(Columns), mesh["tp"]), device_mesh=mesh["dp"])
+    return said_of(model, data_of(range(2))[mesh["dp"].get_local_rank()])
 
 
 def four_parts(rank: int, world: int) -> dict[str, Any]:
@@ -303,11 +313,7 @@ def four_parts(rank: int, world: int) -> dict[str, Any]:
 def said_of(model: Any, data: Data, **settings: Any) -> dict[str, Any]:
     """What windows say of a metric that is left out, or of its numbers."""
     windows = merged(model, data, **settings)
-    said = [
-        *(window.off.get(NAME, "") for window in windows),
-        *(str(dict(w[NAME].details)) for w in windows if NAME in w),
-    ]
-    return {"said": " ".join(said), "trained": len(windows)}
+    return {"said": " ".join(window.off.get(NAME, "") for window in windows), "trained": len(windows)}
 
 
 def other_samples(rank: int, world: int) -> dict[str, Any]:
@@ -357,10 +363,8 @@ def sequences(rank: int, world: int) -> dict[str, Any]:
     from sample_situations import Sequences, halves_of_sequences
     from sample_situations import sequences as cut
 
-    whole = [
-        torch.cat(pair, 1) for pair in zip(*([x for x, _ in halves_of_sequences(r)] for r in range(2)), strict=True)
-    ]
-    data = [(x, y) for x, (_, y) in zip(whole, halves_of_sequences(0), strict=True)]
+    halves = zip(halves_of_sequences(0), halves_of_sequences(1), strict=True)
+    data = [(torch.cat([x, rest], 1), y) for (x, y), (rest, _) in halves]
     twin = Truth(made(Sequences), layers=("norm", "a", "b"))
     grads = [_per_layer(twin.model, twin._samples([data], 0)[0], twin.layers)]
     model = cut(world)
@@ -379,34 +383,31 @@ def sequences(rank: int, world: int) -> dict[str, Any]:
 
 def refused(rank: int, world: int) -> dict[str, Any]:
     """What is said where a Monitor is made."""
-    model, said = planned(made(Columns), init_device_mesh("cpu", (world,))), {}
-    metrics = {
+    model, said = planned(made(Columns), init_device_mesh("cpu", (world,))), dict[str, str]()
+    reference = {name: torch.zeros(p.shape) for name, p in made(Columns).named_parameters()}
+    metrics: dict[str, Callable[[], Any]] = {
         "normalized": lambda: PerSampleGradNorms(loss_reduction="mean", normalized=True),
         "keep_factors": lambda: PerSampleGradNorms(loss_reduction="mean", keep_factors=True),
-        "estimate": lambda: PerSampleGradNorms(loss_reduction="mean", methods={"a": "estimate"}),
-        "dots": lambda: PerSampleGradDots({n: torch.zeros(p.shape) for n, p in made(Columns).named_parameters()},
-                                          loss_reduction="mean"),
-    }  # fmt: skip
-    for name, make in metrics.items():
+        "methods": lambda: PerSampleGradNorms(loss_reduction="mean", methods={"a": "estimate"}),
+        "reference": lambda: PerSampleGradDots(loss_reduction="mean", reference=reference),
+    }
+
+    def ask(name: str, of: Any, make: Callable[[], Any]) -> None:
         try:
-            monitored(model, metrics=[make()])[1].close()
-            said[name] = ""
+            monitored(of, metrics=[make()])[1].close()
         except Exception as error:
             said[name] = f"{type(error).__name__}: {error}"
-    compiled = torch.compile(model, backend="eager")
-    try:
-        monitored(compiled)[1].close()
-        said["compiled"] = ""
-    except Exception as error:
-        said["compiled"] = f"{type(error).__name__}: {error}"
+
+    for name, make in metrics.items():
+        ask(name, model, make)
+    ask("compiled", torch.compile(model, backend="eager"), lambda: PerSampleGradNorms(loss_reduction="mean"))
     return said
 
 
 def part_of_the_group(rank: int, world: int) -> dict[str, Any]:
     """group= has one of the ranks that hold parts."""
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
-    model = planned(made(Columns), mesh["tp"])
-    model = DDP(model, process_group=mesh["dp"].get_group())
+    model = fsdp(planned(made(Columns), mesh["tp"]), mesh["dp"])
     return said_of(model, data_of(range(2))[mesh["dp"].get_local_rank()], group=mesh["dp"])
 
 
@@ -414,7 +415,7 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
     """Name, ranks and work of each that needs so many."""
     two = (tensor_parallel, vocabulary, tied, logits_in_parts, checkpointed, every_second_step, late_call,
            loaded_within, proved, last_pass, counted, taken_back, other_samples, heads, sequences, refused)  # fmt: skip
-    for work in two if ranks == 2 else (with_fsdp2, with_ddp, four_parts, part_of_the_group):
+    for work in two if ranks == 2 else (with_fsdp2, with_fsdp2_unequal, with_ddp, four_parts, part_of_the_group):
         yield work.__name__, ranks, quiet(work)
 
 

@@ -33,7 +33,6 @@ from lipcore.capture.training_pass import accumulates_everything, in_backward, i
 from lipcore.layers import Batch, Factor, Outer, Rule, norms_sq_of
 from lipcore.layers.factor_estimate import EstimatedOuter, Signs
 from lipcore.layers.registry import type_with_rule
-from lipcore.layers.rule import Cut
 from lipcore.models.dtensors import local_of
 from lipcore.models.tensor_parallel import PartRanks
 from lipcore.models.torch_internals import ANY_FORWARD_HOOKS
@@ -89,7 +88,7 @@ class LayerSite:
         # As attributes of its own: a compiled region looks at every attribute of what it reads these from.
         self._batch_dim, self._fused, self._normalized = options.batch_dim, options.fused, options.normalized
         self._method, self._signs = options.methods.get(name), signs
-        self._parts, self._cut = parts, Cut() if parts is None else cut_of(rule, names, parts)
+        self._cut = None if parts is None else cut_of(rule, names, parts)
 
     def __reduce__(self) -> tuple[Callable[[], InertHook], tuple[()]]:
         return InertHook, ()  # a copied or pickled model is not watched
@@ -175,13 +174,8 @@ class LayerSite:
             passes.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
             return None
         watch(output, functools.partial(self._other_output_used, run))
-        fuses = (
-            self._fused
-            and self._parts is None
-            and can_fuse(self.rule, module, call.arguments, call.batch)
-            and _site_of(tensor) is None
-        )
-        fuses = fuses and run.left_to_graph.isdisjoint(self.names.values())
+        fuses = self._fused and self._cut is None and can_fuse(self.rule, module, call.arguments, call.batch)
+        fuses = fuses and _site_of(tensor) is None and run.left_to_graph.isdisjoint(self.names.values())
         if not inner:
             run.tapped[self.number][-1] = "fused" if fuses else "passed on"
         if fuses:

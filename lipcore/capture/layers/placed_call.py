@@ -25,6 +25,10 @@ _LIES = (
     "{0} lies on its ranks as {1}, and not {2}, so that a rank's rows make a part of the sum that a sample's gradient "
     "is (sequence parallelism, or partial sums that are passed on), and squares of such do not add up; " + SKIP
 )
+_UNKNOWN = (
+    "{0} lies on its ranks as {1}, and its parameters are plain tensors (DistributedDataParallel(device_mesh=) makes "
+    "such of parts), so that nobody knows of what they are parts; use fully_shard() beside a tensor-parallel plan"
+)
 _NO_CUT = (
     "lies in parts on several ranks (tensor parallelism, cut along dimension {0}), and a {1} has no gradient of its "
     "part that would add up; " + SKIP
@@ -75,29 +79,27 @@ def leave_out_uncut(coverage: ParameterCoverage, parts: PartRanks) -> None:
             coverage.uncover(name, _NO_RULE)
 
 
-def check_inputs(arguments: Sequence[Any], keywords: Mapping[str, Any], cut: Cut) -> None:
-    """Raise ValueError where the tensors that a layer is called with do not lie as its rule says."""
-    expected = cut.input
+def check_inputs(arguments: Sequence[Any], keywords: Mapping[str, Any], cut: Cut | None) -> None:
+    """Raise ValueError where the tensors that a layer is called with do not lie as its rule says; `cut`: None where no
+    parameter of the model lies in parts."""
+    expected = cut and cut.input
     for value in (*arguments, *keywords.values()):
         if isinstance(value, Tensor):
-            _check("its input", value, expected)
+            _check("its input", value, expected, known=cut is not None)
             expected = None  # the others are whole
 
 
-def here(grad: Tensor, cut: Cut) -> Tensor:
+def here(grad: Tensor, cut: Cut | None) -> Tensor:
     """Return this rank's values of the gradient at a layer's output; ValueError where they are not what its parameters'
     gradient comes of."""
-    _check("the gradient at its output", grad, cut.output)
+    _check("the gradient at its output", grad, cut and cut.output, known=cut is not None)
     return local_of(grad)
 
 
-def _check(what: str, tensor: Tensor, cut: int | None) -> None:
-    placements = getattr(tensor, "placements", None)
-    if placements is None:
-        return
+def _check(what: str, tensor: Any, cut: int | None, *, known: bool) -> None:
     dim = None if cut is None else tensor.dim() + cut
-    for placement in placements:
+    for i, placement in enumerate(getattr(tensor, "placements", ())):
         right = placement.is_replicate() if dim is None else placement.is_shard(dim)
-        if not right:
+        if not right and tensor.device_mesh.size(i) > 1:
             expected = "whole" if dim is None else f"cut along dimension {dim}"
-            raise ValueError(_LIES.format(what, placement, expected))
+            raise ValueError((_LIES if known else _UNKNOWN).format(what, placement, expected))
