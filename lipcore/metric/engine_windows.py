@@ -178,14 +178,16 @@ class EngineWindows(EngineCalls):
     def _window(self) -> Window:
         """Make the open window as it is now."""
         results, windows = {}, self._windows
-        with fetched(self._on_device(self._failures.readable(windows.number))):
-            for name in self._failures.readable(windows.number):
+        lacking = self._global.left_out_alone(windows.begin)
+        names = [name for name in self._failures.readable(windows.number) if name not in lacking]
+        with fetched(self._on_device(names)):
+            for name in names:
                 try:
                     results[name] = _checked_result(name, self.metrics[name].finalize())
                 except Exception as error:  # noqa: PERF203
                     self._stop_metric(self.metrics[name], error)
         scope = self._global.scope(self.model, self.metrics.values())
-        off = {name: metric.off for name, metric in self.metrics.items() if metric.off}
+        off = lacking | {name: metric.off for name, metric in self.metrics.items() if metric.off}
         return Window(windows.number, windows.begin + 1, windows.step, False, scope, results, off)
 
 

@@ -85,6 +85,11 @@ class GlobalWindows:
         """Leave some metrics out of windows with steps up to this one."""
         self._partial |= dict.fromkeys(names, (step, why))
 
+    def left_out_alone(self, begin: int) -> dict[str, str]:
+        """Return the metrics that a process which stands alone leaves out of a window with steps behind `begin`, and
+        why; of several ranks, each one's own windows have what it has."""
+        return {name: why for name, (step, why) in self._partial.items() if step > begin and self.stands_alone}
+
     def lacking(self, begin: int) -> dict[str, list[Any]]:
         """Return which metrics lack samples in windows with steps up to one behind `begin`: that step, and why."""
         return {name: [step, why] for name, (step, why) in self._partial.items() if step > begin}

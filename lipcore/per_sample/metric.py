@@ -28,7 +28,7 @@ from lipcore.models.ranks import is_fsdp1
 from lipcore.per_sample.added_up import add_up_waiting
 from lipcore.per_sample.methods import layer_lines
 from lipcore.per_sample.open_step import PassNumbers
-from lipcore.per_sample.part_rows import IN_PARTS, OTHER_PARTS
+from lipcore.per_sample.part_rows import IN_PARTS, OTHER_PARTS, has_rows
 from lipcore.per_sample.rank_part import COUNTS, PerSamplePart
 from lipcore.per_sample.results import add_noise
 from lipcore.per_sample.sample_names import NamedSamples
@@ -341,11 +341,12 @@ class PerSampleMetric(SampleObserver):
         gradients, and without the open window."""
         begin = saved.alike
         assert begin is not None
-        if self._window.in_parts is None and saved.complete:
-            scores = self._window.added_scores(saved.others)
-            begin = {**begin, **scores}
+        lacks = self._window.in_parts is not None or not saved.complete
+        if not lacks:
+            begin = {**begin, **self._window.added_scores(saved.others)}
+            lacks = any(has_rows(state.get("in_parts", {})) for state in saved.by_rank.values())
         self.load_state_dict(begin)
-        return OTHER_PARTS.format(saved.ranks)
+        return OTHER_PARTS.format(saved.ranks) if lacks else ""
 
     def merge(self, other: PerSampleMetric) -> None:
         """Add the open window of another one of the same layers (of another rank or interval): distributions, noise

@@ -50,7 +50,7 @@ class MicroBatch(NamedTuple):
 
 @dataclass
 class Intake:
-    """What micro-batches are taken into.
+    """Places that micro-batches are taken into.
 
     Attributes:
         distributions: of places, per layer and in total.

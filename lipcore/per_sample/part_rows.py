@@ -28,7 +28,8 @@ TOO_MANY = (
 IN_PARTS = "over this rank's parts of the parameters (tensor parallelism); whole samples' are in global_window()"
 OTHER_PARTS = (
     "{0} ranks have saved squares of single samples, over parts of the parameters (tensor parallelism) that lie "
-    "otherwise here, so the open window begins anew"
+    "otherwise here, so the open window begins anew, and the scores lack its samples; before a checkpoint that another "
+    "plan loads, call global_window() at a window's end"
 )
 _SAME = 1e-2  # relative, of squares of what ranks hold alike: they may be computed by other kernels
 
@@ -218,6 +219,11 @@ def check_part_rows(state: Any, rows: PartRows | None) -> None:
     shapes = {len(each) for each in state.get("squares", [])}
     if rows is not None and not shapes <= {rows._places}:
         raise ValueError(f"in_parts: expected squares at {rows._places} places, got {sorted(shapes)}")
+
+
+def has_rows(state: dict[str, Any]) -> bool:
+    """Return whether a state has squares of samples, or had too many."""
+    return bool(state.get("squares") or state.get("off"))
 
 
 def unlike_row(several: Tensor, own: Tensor, ranks: int) -> int:

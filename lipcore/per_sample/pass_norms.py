@@ -128,8 +128,9 @@ class PassNorms:
 
     @property
     def in_parts(self) -> tuple[Tensor, Tensor, list[str]]:
-        """What the ranks that hold parts are to add up, [layers of the model + 1, B], NaN for those that brought no
-        numbers; the squares of what they hold alike, of the layers that have some, [layers, B]; and these layers."""
+        """Squares that the ranks that hold parts are to add up, [layers of the model + 1, B], NaN for those that
+        brought no numbers; the squares of what they hold alike, of the layers that have some, [layers, B]; and these
+        layers."""
         assert self.parts is not None
         whole = [i for i, name in enumerate(self.names) if name not in self.parts.cuts]
         places = sorted({self._index[i] for i in whole})

@@ -229,7 +229,7 @@ class PerSamplePart(RankPart):
 
     @property
     def _with_same(self) -> int:
-        """How many ranks have the same samples."""
+        """Number of the ranks that have the same samples."""
         return 1 if self.parts is None else len(self.parts.ranks)
 
     @property

@@ -21,6 +21,7 @@ from checkpoint_situations import (
     apart,
     chained,
     expected_of,
+    lacks_scores,
     left_out,
     models_apart,
     read,
@@ -58,6 +59,8 @@ def test_a_run_goes_on_as_if_nothing_had_been(folder: Path, row: Row) -> None:
                 difference = apart(numbers, expected_of(row, expected, phase, off))
                 assert not difference["absent"], difference
                 assert difference["error"] <= 1e-7, difference
+            if phase == "loaded" and lacks_scores(row):
+                continue
             assert found.get("scores") == truth.get("scores") or apart_scores(found, truth) <= 1e-12
     for found in read(folder, row, "loaded"):
         assert sorted({name for off in found["off"] for name in off}) == left_out(row)

@@ -61,6 +61,10 @@ ROWS = [
     Row("fsdp2 2 to hsdp 4", "fsdp2", 2, "hsdp", 4),
     Row("tensor parallel 2 to 2", "tensor_parallel", 2, "tensor_parallel", 2, metrics="trajectory"),
     Row("tensor parallel 2 to 1", "tensor_parallel", 2, "plain", 1, metrics="trajectory"),
+    Row("samples in parts 2 to 2", "tensor_parallel", 2, "tensor_parallel", 2, metrics="samples"),
+    Row("samples in parts 2 to 1", "tensor_parallel", 2, "plain", 1, metrics="samples"),
+    Row("samples, whole 1 to parts 2", "plain", 1, "tensor_parallel", 2, metrics="samples"),
+    Row("samples in parts, at a window's end, 2 to 1", "tensor_parallel", 2, "plain", 1, at=7, metrics="samples"),
     Row("async, fsdp2 2 to 2", "fsdp2", 2, "fsdp2", 2, how="async"),
     Row("async, fsdp2 2 to 3", "fsdp2", 2, "fsdp2", 3, how="async"),
     Row("at a window's end, fsdp2 2 to 3", "fsdp2", 2, "fsdp2", 3, at=7),
@@ -104,6 +108,8 @@ def metrics_of(kind: str) -> list[Any]:
         return [trajectory]
     if kind == "trajectory":
         return [trajectory]
+    if kind == "samples":
+        return [PerSampleGradNorms(loss_reduction="mean")]
     if kind == "tensor_stats":  # by itself: a proof of per-sample norms runs passes in which outputs are not seen
         return [TensorStats(every_steps=1)]
     return [trajectory, PerSampleGradNorms(loss_reduction="mean"), Lipschitz()]
@@ -171,7 +177,8 @@ def result(run: Run, since: int) -> dict[str, Any]:
         ids = torch.arange(2 * BATCH)
         found["scores"] = [scores.lookup(ids).count.tolist(), scores.lookup(ids).mean.tolist()]
         window = windows[-1] if windows else None
-        found["noise"] = window["per_sample_grad_norm"].details if window is not None else {}
+        there = window is not None and "per_sample_grad_norm" in window
+        found["noise"] = window["per_sample_grad_norm"].details if there else {}
     return found
 
 
@@ -259,8 +266,14 @@ def left_out(row: Row) -> list[str]:
     other = row.ranks != row.then or row.before != row.after
     stats = row.metrics == "tensor_stats" and row.then > 1 and "fsdp2" in (row.before, row.after)
     sliding = dict(row.settings).get("window_blocks") and "fsdp2" in (row.before, row.after)
-    names = [name for name, left in (("tensor_stats", stats), ("trajectory", sliding)) if left]
+    found = (("tensor_stats", stats), ("trajectory", sliding), ("per_sample_grad_norm", row.metrics == "samples"))
+    names = [name for name, left in found if left]
     return names if other and row.at % WINDOW else []
+
+
+def lacks_scores(row: Row) -> bool:
+    """Whether scores lack the samples of the open window, which ranks had not added up."""
+    return "per_sample_grad_norm" in left_out(row)
 
 
 def apart(found: Numbers, expected: Numbers) -> dict[str, Any]:

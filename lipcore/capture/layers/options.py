@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lipcore.capture.layers.batch_of import NoteOf, OffsetsOf
 from lipcore.layers.factor import Measure, norms_sq_of
 from lipcore.models.named_output import OutputChoice
+from lipcore.models.names import listed
 
 
 @dataclass(frozen=True)
@@ -52,3 +53,18 @@ class LayerOptions:
     max_replay_flops: int | None = None
     measure: Measure = norms_sq_of
     keep_factors: bool = False
+
+
+def check_names(options: LayerOptions, names: Collection[str], *, compiled: bool) -> None:
+    """Raise ValueError for an argument that names none of these layers, which are those that are tapped, or for a
+    method that compiled models lack."""
+    known = listed(list(names))
+    for argument, given in (("methods", options.methods), ("broadcast", options.broadcast)):
+        for name in given:
+            if name not in names:
+                raise ValueError(f"{argument}: the model has no tapped layer {name!r}; it has {known}")
+    if compiled and "estimate" in options.methods.values():
+        raise ValueError(
+            "methods: a compiled model has no 'estimate', whose random numbers would be part of its graph; leave it "
+            "out, or run the model in eager mode"
+        )

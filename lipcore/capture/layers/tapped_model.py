@@ -27,7 +27,7 @@ from lipcore.capture.layers.left_to_graph import LeftToGraph
 from lipcore.capture.layers.missed_passes import MissedPasses
 from lipcore.capture.layers.model_hooks import ModelHooks
 from lipcore.capture.layers.model_output import tap_output
-from lipcore.capture.layers.options import LayerOptions
+from lipcore.capture.layers.options import LayerOptions, check_names
 from lipcore.capture.layers.passes import Passes
 from lipcore.capture.layers.placed_call import leave_out_uncut, refuse_options
 from lipcore.capture.layers.proofs import Proofs
@@ -38,7 +38,6 @@ from lipcore.capture.training_pass import Untraced, is_given_pass, is_training_f
 from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.factor_estimate import Signs
 from lipcore.models.containers import leaves_of
-from lipcore.models.names import listed
 from lipcore.models.tensor_parallel import part_ranks
 
 
@@ -104,7 +103,7 @@ class TappedModel:
             LayerSite(passes, name or ROOT, module, rule, names, options, signs, self.parts)
             for name, module, rule, names in self.coverage.tapped
         ]
-        self._check_names()
+        check_names(options, [site.name for site in self.sites], compiled=compiled)
         self.proofs = Proofs(
             *(model, self.sites),
             prove=options.prove,
@@ -134,20 +133,6 @@ class TappedModel:
         passes.graph_serves = by_graph and not options.normalized
         self._left_to_graph = LeftToGraph(model, self.graph, self.coverage, passes, self.proofs, self._audit, options)
         self._probes = LayerProbes(self.sites, passes.probe_comes_back)
-
-    def _check_names(self) -> None:
-        """Raise ValueError for an argument that names no tapped layer, or for a method that compiled models lack."""
-        names = [site.name for site in self.sites]
-        known = listed(names)
-        for argument, given in (("methods", self._options.methods), ("broadcast", self._options.broadcast)):
-            for name in given:
-                if name not in names:
-                    raise ValueError(f"{argument}: the model has no tapped layer {name!r}; it has {known}")
-        if self._compiled and "estimate" in self._options.methods.values():
-            raise ValueError(
-                "methods: a compiled model has no 'estimate', whose random numbers would be part of its graph; leave "
-                "it out, or run the model in eager mode"
-            )
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nothing, ()  # a copied or pickled model is not watched
