@@ -28,7 +28,8 @@ parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseP
 fully_shard(model, mesh=mesh["data"])
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-monitor = lipcore.Monitor(model, optimizer, [lipcore.Trajectory()], window_steps=WINDOW)
+metrics = [lipcore.Trajectory(), lipcore.PerSampleGradNorms(loss_reduction="mean")]
+monitor = lipcore.Monitor(model, optimizer, metrics, window_steps=WINDOW)
 data = torch.Generator().manual_seed(mesh["data"].get_local_rank())  # the ranks of a pair have the same samples
 with monitor:
     for step in range(1, STEPS + 1):
@@ -40,5 +41,8 @@ with monitor:
             window = monitor.global_window()
             assert window is not None
             if rank == 0:
-                print(window.scope, "path length:", window["trajectory"].path_length["total"].sum.value)
+                moved, norms = window["trajectory"], window["per_sample_grad_norm"]
+                print(window.scope, "path length:", moved.path_length["total"].sum.value)
+                print("  norm of a sample's gradient:", norms.norm["total"].mean.value)
+                print("  gradient noise scale:", norms.noise_scale["total"].ema.value)
 dist.destroy_process_group()

@@ -53,6 +53,15 @@ def test_windows_of_both_ranks(name: str, arguments: list[str]) -> None:
 
 
 @pytest.mark.ci
+def test_samples_of_ranks_that_hold_parts() -> None:
+    lines = [line for line in run("tensor_parallel").splitlines() if line.startswith("  ")]
+    assert len([line for line in lines if "norm of a sample's gradient: " in line]) == 2
+    noise = [float(line.rpartition(" ")[2]) for line in lines if "gradient noise scale: " in line]
+    assert len(noise) == 2
+    assert all(value > 0 for value in noise)
+
+
+@pytest.mark.ci
 def test_ddp_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run("ddp", str(folder))
