@@ -219,6 +219,10 @@ class PerSampleGradNorms(PerSampleMetric):
         return [(p, distribution.reduced("exact")) for p, distribution in pairs if p == total or p in measured]
 
     def _own_plan(self) -> list[PlanLine]:
+        rows = self._window.in_parts
+        if rows is not None:  # and no factors are kept
+            until = f"of {len(rows.ranks.ranks)} ranks, until global_window() adds them up"
+            return [PlanLine("squares of parts", until, rows.nbytes)]
         if self._options.keep_factors:
             factors = None if self._last is None else self._last.record.factors
             said = "from the backward pass to the next forward pass" + ("" if factors else ", once one is recorded")

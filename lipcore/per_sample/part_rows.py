@@ -115,6 +115,11 @@ class PartRows:
                 for block in self._blocks:
                     block.clear()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept, about."""
+        return _bytes({id(rows): rows for rows in (*self.window(), *self._unscored)}.values())
+
     def window(self) -> list[PassRows]:
         """Return those of the window."""
         return [rows for block in self._blocks for rows in block]

@@ -47,8 +47,8 @@ _WHOLE = Cut()
 
 def cut_of(rule: Rule, names: Mapping[str, str], parts: PartRanks) -> Cut:
     """Return how input and output of a layer lie, by the cuts of its parameters: `names` by key."""
-    found = (rule.cuts[key][parts.cuts[name]] for key, name in names.items() if name in parts.cuts)
-    return next(found, _WHOLE)
+    found = (rule.cuts.get(key, {}).get(parts.cuts[name]) for key, name in names.items() if name in parts.cuts)
+    return next(filter(None, found), _WHOLE)
 
 
 def refuse_options(options: LayerOptions, *, compiled: bool) -> None:

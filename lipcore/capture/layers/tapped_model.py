@@ -271,13 +271,8 @@ class TappedModel:
         asks = options.offsets_of or options.note_of or options.loss_of
         one_way = options.normalized or options.keep_factors or asks
         norms_only = options.measure is norms_sq_of and not one_way
-        may = (
-            norms_only
-            and self.parts is None
-            and not self._compiled
-            and not self.coverage.may_mix
-            and not self.coverage.by_graph
-        )
+        norms_only = norms_only and self.parts is None
+        may = norms_only and not self._compiled and not self.coverage.may_mix and not self.coverage.by_graph
         return options.fast_batch_of_one and self._audit.done and may
 
     @counted
