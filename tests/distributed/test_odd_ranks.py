@@ -20,7 +20,10 @@ REFUSED = {
     "averaged_now_and_then": r"ValueError: trajectory: ranks that hold the same parameters have moved them by other ",
     "averaged_with_sketches": r"ValueError: trajectory: ranks that hold the same parameters have moved them by other ",
 }
-OTHERS = {"offload_bits", "reduced_by_hand", "destroyed", "sharded_late", "closed_and_merged_again", "gone_back"}
+OTHERS = {
+    *("offload_bits", "reduced_by_hand", "destroyed", "sharded_late", "closed_and_merged_again", "gone_back"),
+    "one_replica_watched",
+}
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,14 @@ def test_a_model_that_is_sharded_late_is_named_and_trains_on(found: Found) -> No
         assert isinstance(numbers, dict), numbers
         assert numbers["same"]
         assert "after lipcore has looked at it; call rebind()" in numbers["said"]
+
+
+def test_one_replica_alone_proves_nothing(found: Found) -> None:
+    for rank, numbers in enumerate(found["one_replica_watched"]):
+        assert isinstance(numbers, dict), numbers
+        assert numbers["same"]
+        expected = [["the model is sharded, and not all of its ranks have this metric"]] * 2
+        assert numbers["why"] == (expected if rank < 2 else [])
 
 
 @pytest.mark.parametrize(("name", "steps"), [("closed_and_merged_again", [6, 7]), ("gone_back", [1, 4])])

@@ -358,6 +358,34 @@ def reduced_by_hand(rank: int, world: int) -> list[Any]:
     return found
 
 
+class Centred(Even):
+    """It takes the mean over the samples of all ranks, forward and backward, as SyncBatchNorm does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.distributed.nn.functional import all_reduce
+
+        hidden = torch.tanh(self.a(x))
+        mean = all_reduce(hidden.mean(0)) / dist.get_world_size()  # type: ignore[no-untyped-call]
+        found: Tensor = self.c(torch.tanh(self.b(hidden - mean)))
+        return found
+
+
+def one_replica_watched(rank: int, world: int) -> dict[str, Any]:
+    """Of two replicas that speak to each other one alone has a Monitor: it runs no backward pass of its own."""
+    weights, why = [], []
+    for watched in (False, rank < world // 2):
+        model = fsdp(made(Centred), mesh_of(world))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        metrics = [PerSampleGradNorms(loss_reduction="mean")]
+        monitor = Monitor(model, optimizer, metrics, window_steps=WINDOW, group=None) if watched else None
+        train(model, optimizer, data_of(range(world))[rank])
+        if monitor is not None:
+            monitor.close()
+            why = [list(window[NAME].details["not_proved"]) for window in monitor.history]
+        weights.append([p.full_tensor().tolist() for p in model.parameters()])
+    return {"same": weights[0] == weights[1], "why": why}
+
+
 def sharded_late(rank: int, world: int) -> dict[str, Any]:
     """fully_shard() comes after the Monitor: said by name, and the training is what it is without one."""
     weights, said = [], ""
@@ -437,5 +465,5 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
                  destroyed, averaged_now_and_then, averaged_with_sketches, reduced_by_hand, sharded_late,
                  closed_and_merged_again, gone_back):  # fmt: skip
         yield work.__name__, 2, quiet(work)
-    for work in (offload_hsdp, between_in_hsdp, hsdp_samples, two_models):
+    for work in (offload_hsdp, between_in_hsdp, hsdp_samples, two_models, one_replica_watched):
         yield work.__name__, 4, quiet(work)
