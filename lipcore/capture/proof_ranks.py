@@ -3,8 +3,11 @@ that ran its passes alone would wait for ever.
 
 A metric may be on one rank only, or have stopped on one. Each rank announces a proof in the store before the forward
 pass in question begins, and looks when it has ended. In between it has gathered parameters from all ranks that share
-them, so every announcement is there, and all ranks see the same numbers. (Other replicas of HSDP may be late, and then
-all are out.) A rank that was once alone stays out: proofs that the user asks for are its only ones.
+them, so every announcement is there, and all ranks see the same numbers. A rank that was once alone stays out: proofs
+that the user asks for are its only ones. Other replicas of HSDP are counted too, though nothing is gathered from them,
+and where they are late all are out: a model may speak to them itself (statistics over all samples), in the backward
+pass as well, which cannot be told from gathering. One replica that ran such a pass alone would meet the others in the
+midst of their training.
 
 What the passes are follows from the graph, and that may follow from a rank's own batch: so before any is run all ranks
 say which they would run. That is decided once: by the last that comes, or the first that would run others.

@@ -63,15 +63,16 @@ class Holding:
     def ownership(self, found: Ownership) -> None:
         self._found[self._ranks] = found
 
-    def _held(self) -> Iterable[tuple[str, str, Any]]:
+    def held(self) -> list[tuple[str, str, Any]]:
+        """Return (name, group, tensor) of each, with what this rank holds of it between two steps."""
         held = self._parameters()
-        return in_parts(self._model, held) if isinstance(self._model, nn.Module) else held
+        return in_parts(self._model, held) if isinstance(self._model, nn.Module) else list(held)
 
     def text(self) -> str:
         """Return what this rank holds, as JSON; or why that cannot be said. Waits for the device."""
         found: Description
         try:
-            found = {"refused": self._refused} if self._refused else describe(self._held(), self._kept)
+            found = {"refused": self._refused} if self._refused else describe(self.held(), self._kept)
         except Exception as error:  # the other ranks wait for a word of this one
             found = {"refused": str(error)[:150]}  # there is room for that at any later time too
         text = json.dumps(found)

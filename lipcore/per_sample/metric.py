@@ -315,7 +315,8 @@ class PerSampleMetric(SampleObserver):
 
     def split_state(self, state: dict[str, Any], place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return its state, with what its steps add to the noise scale of all ranks, and whether it is that of all."""
-        share = {} if self._capture is None else self._window.share(self._held, place)
+        held = None if self._capture is None or self._holding is None else self._holding.held
+        share = {} if held is None else self._window.share(held, place)
         return {}, {**state, "alone": place.ranks == 1, "share": share}
 
     def empty_state(self, rest: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from lipcore.distributed.rank_axis import Place
 from lipcore.metric.rank_states import RankStates
 from lipcore.metric.state import check_same, checked_count
 from lipcore.tensor_stats.block import Block
-from lipcore.tensor_stats.sampled_steps import SampledSteps, holds
+from lipcore.tensor_stats.sampled_steps import SampledSteps
 from lipcore.trajectory.parameters import piece_of
 
 
@@ -73,14 +73,14 @@ class OpenWindow(SampledSteps):
     def split_state(self, state: dict[str, Any], place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return its state with which rows this rank counts: what other ranks hold alike of parameters and gradients
         counts once."""
-        held = {name: tensor for name, _, tensor in holds(self._held)}
+        held = {name: tensor for name, _, tensor in self._holding.held()}
         rows = [(quantity, name) for quantity, name, *_ in self._found.rows]
         counted = [i for i, (q, name) in enumerate(rows) if q == "output" or counts_here(held[name], place.rank)]
         tied = next((f"parameter '{n}' {why}" for n, t in held.items() if (why := tied_to(t, place.numbers))), "")
         return {}, state | {"counted": counted, "pieces": self._pieces(), "tied": tied}
 
     def _pieces(self) -> list[str]:
-        return [piece_of(tensor) for _, _, tensor in holds(self._held)]
+        return [piece_of(tensor) for _, _, tensor in self._holding.held()]
 
     def _outputs(self) -> list[int]:
         return [i for i, (quantity, *_) in enumerate(self._found.rows) if quantity == "output"]

@@ -19,6 +19,7 @@ from lipcore.tensor_stats.block import Numbers
 from lipcore.tensor_stats.describe import add_extras, add_rows
 from lipcore.tensor_stats.extra import ROOT
 from lipcore.tensor_stats.watched import Watched
+from lipcore.trajectory.moved_alike import gradients_of, unreduced
 
 _COUNT, _MEAN, _M2, _M3, _M4, _MIN, _MAX, _ZEROS, _NONFINITE = range(_core.TENSOR_STATS)
 _NEAR, _HIGH, _LESS_LOW, _LAST, _LESS_FIRST = range(5)  # columns of maxima over ranks
@@ -98,7 +99,17 @@ class TensorStatsPart(RankPart):
         def sums(most: list[Tensor]) -> list[Tensor]:
             return [*self._sums(where, most[0]), self.numbers.sums, self.numbers.sums.new_tensor([float(self.passes)])]
 
-        return Packed(sums, [largest, self.numbers.most])
+        return Packed(sums, [largest, self.numbers.most, gradients_of({"gradient": self._squares()}, [0])])
+
+    def _squares(self) -> Tensor:
+        """Return the sum of squares of gradients of the parameters that every rank holds whole; nothing where it holds
+        none."""
+        owners = None if self.holding is None else self.holding.ownership
+        names = frozenset() if owners is None else owners.replicas
+        same = [i for i, (q, name, *_) in enumerate(self.watched.rows) if q == "gradient" and name in names]
+        rows = self.numbers.rows[same]
+        squares = (rows[:, _M2] + rows[:, _COUNT] * rows[:, _MEAN].square()).nan_to_num(0.0, 0.0, 0.0)
+        return squares.sum().reshape(1, 1) if same else squares.reshape(0, 1)
 
     def _sums(self, where: list[tuple[int, int]], largest: Tensor) -> list[Tensor]:
         moments = torch.zeros(len(largest), _SUMS, dtype=torch.float64, device="cpu")
@@ -118,7 +129,7 @@ class TensorStatsPart(RankPart):
 
     def result(self, together: Together) -> MetricResult:
         """Return the numbers of whole parameters, and of the outputs on all ranks."""
-        (moments, counts, sums, passes), (largest, most) = together.sums, together.largest
+        (moments, counts, sums, passes), (largest, most, gradients) = together.sums, together.largest
         begins = _begins(largest)
         rows = torch.zeros(len(largest), _core.TENSOR_STATS, dtype=torch.float64, device="cpu")
         bins = torch.zeros(len(largest), _core.TENSOR_BINS, dtype=torch.int64, device="cpu")
@@ -141,7 +152,7 @@ class TensorStatsPart(RankPart):
             self.empty.details["forward_passes"] = int(passes)
             if passes:
                 self.empty.details.pop("output_off", None)
-        add_rows(self.empty, self._rows, rows, bins, self.untrue)
+        add_rows(self.empty, self._rows, rows, bins, self.untrue or unreduced(gradients[0]))
         add_extras(self.empty, self.watched, sums, most)
         return self.empty
 

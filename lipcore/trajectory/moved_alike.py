@@ -1,14 +1,23 @@
-"""Whether ranks that hold the same parameters have moved them by the same steps: else there is no movement of the
-model, and that of the one rank that counts it would stand for all."""
+"""Whether ranks that hold the same parameters have moved them by the same steps, with the same gradients: else there is
+no movement of the model, and the numbers of the one rank that counts them would stand for all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lipcore.metric.results import MetricResult
+from lipcore.trajectory.gradient_norms import BEFORE
+
 _APART = 1e-6  # of the sum of squares: the last digits of float32 updates may differ where ranks have other processors
+_UNREDUCED = (
+    "ranks that hold the same parameters had other gradients where these are read, so that there is none of the model "
+    "(gradients that are reduced by hand, behind the backward pass); each rank's own numbers are in pop_window() and "
+    "history. Reduce them in the backward pass (DistributedDataParallel, fully_shard())"
+)
+_READ_EARLY = ", or call observe_gradients() of the Trajectory behind your reduce"
 _SAID = (
     "trajectory: ranks that hold the same parameters have moved them by other steps (squared updates of this window "
     "add up to {0:.6g} on one rank and {1:.6g} on another), so that there is no movement of the model: they train "
@@ -24,10 +33,25 @@ def movement(steps: Tensor, columns: Sequence[int]) -> Tensor:
         steps: [steps, columns, 2], squared norms of update and weight.
         columns: of parameters that every rank holds whole; none: this rank has nothing to say.
     """
-    if not len(columns) or not len(steps):
-        return steps.new_full((2,), -torch.inf)
-    moved = steps[:, list(columns), 0].nan_to_num(0.0, 0.0, 0.0).sum()
-    return torch.stack([moved, -moved])
+    return _most_and_least(steps[:, :, 0], columns)
+
+
+def gradients_of(squares: Mapping[str, Tensor], columns: Sequence[int]) -> Tensor:
+    """Return what a rank adds to the maxima of all: of each kind of gradients what :func:`movement` says of updates.
+
+    Args:
+        squares: [steps, columns], squared norms by kind.
+        columns: of parameters that every rank holds whole.
+    """
+    found = [_most_and_least(squares[stage], columns) for stage in sorted(squares)]
+    return torch.stack(found) if found else torch.zeros(0, 2, dtype=torch.float64, device="cpu")
+
+
+def _most_and_least(squares: Tensor, columns: Sequence[int]) -> Tensor:
+    if not len(columns) or not len(squares):
+        return squares.new_full((2,), -torch.inf)
+    together = squares[:, list(columns)].nan_to_num(0.0, 0.0, 0.0).sum()
+    return torch.stack([together, -together])
 
 
 def check_moved_alike(largest: Tensor) -> None:
@@ -35,3 +59,21 @@ def check_moved_alike(largest: Tensor) -> None:
     most, least = largest[0].item(), -largest[1].item()
     if most - least > _APART * most:
         raise ValueError(_SAID.format(least, most))
+
+
+def without_unreduced(largest: Tensor, stages: Sequence[str], result: MetricResult) -> frozenset[str]:
+    """Return the kinds of gradients that all ranks had alike, as the maxima of all ranks say; of others the result says
+    why they are left out."""
+    found = set()
+    for stage, each in zip(sorted(stages), largest, strict=True):
+        if why := unreduced(each):
+            result.details[f"{stage}_off"] = why + (_READ_EARLY if stage == BEFORE else "")
+        else:
+            found.add(stage)
+    return frozenset(found)
+
+
+def unreduced(largest: Tensor) -> str:
+    """Say, on all ranks alike, that they had other gradients, where the maxima of one kind say it; else ""."""
+    most, less = largest.tolist()
+    return _UNREDUCED if most + less > _APART * most else ""

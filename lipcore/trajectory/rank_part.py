@@ -12,7 +12,7 @@ from lipcore.metric.results import Level, MetricResult
 from lipcore.trajectory.building import Built
 from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
 from lipcore.trajectory.kept_steps import MOST_BYTES
-from lipcore.trajectory.moved_alike import check_moved_alike, movement
+from lipcore.trajectory.moved_alike import check_moved_alike, gradients_of, movement, without_unreduced
 from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.shard_sums import ShardSums
 from lipcore.trajectory.sketch_part import SketchPart, paths_of, sketch_sums
@@ -74,14 +74,17 @@ class TrajectoryPart(RankPart):
                 spread.paths[i] = self.own_paths[name, level]
         packed = spread.packed()
         alike = [] if self.carried is not None else [i for i, n in enumerate(self.names) if n in owners.replicas]
-        packed.largest.append(movement(self.sums.steps, alike))
+        packed.largest += [movement(self.sums.steps, alike), gradients_of(self.sums.gradients, alike)]
         return packed
 
     def result(self, together: Together) -> MetricResult:
         """Return the numbers of whole parameters."""
-        check_moved_alike(together.largest[-1])
-        places, wanted = self._places, frozenset(self.agreed["quantities"])
-        (sums,) = ShardSums.of_packed(together, self.agreed["gradients"])
+        moved, gradients = together.largest[-2:]
+        check_moved_alike(moved)
+        stages, places = self.agreed["gradients"], self._places
+        reduced = without_unreduced(gradients, stages, self.empty)
+        wanted = frozenset(self.agreed["quantities"]) - (frozenset(stages) - reduced)
+        (sums,) = ShardSums.of_packed(together, stages)
         whole = Whole(sums, places, self.agreed["end"], self.before, self._alone(places))
         after = whole.add_to(self.empty, wanted, self.agreed["length"])
         if not self.open:

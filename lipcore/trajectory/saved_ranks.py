@@ -35,16 +35,19 @@ ANEW = "; to go on without it, leave the monitor out of the load and begin with 
 # ---- copies
 
 
-def split(state: State, watched: Sequence[WatchedParameter]) -> tuple[State, State]:
-    """Split a state into copies by parameter and kind, and the rest. The kinds follow from the settings alone."""
+def split(state: State, held: Mapping[str, Any]) -> tuple[State, State]:
+    """Split a state into copies by parameter and kind, and the rest. The kinds follow from the settings alone.
+
+    Args:
+        held: what this rank holds of each watched parameter, by name.
+    """
     exact = state["trackers"].get("exact")
     if exact is None:
         return {}, dict(state)
     blocks, closed = state["window_blocks"] - 1, exact["closed"]
     tensors: State = {}
     whole_ones: State = {}
-    for parameter in watched:
-        name = parameter.name
+    for name, whole in held.items():
         own = dict(exact["tensors"][name])
         like = own["deviation"]
         own.setdefault("earlier", torch.zeros_like(like, dtype=torch.float64))
@@ -55,11 +58,10 @@ def split(state: State, watched: Sequence[WatchedParameter]) -> tuple[State, Sta
             own[f"closed{i}"] = closed[i]["means"][name] if i < len(closed) else torch.zeros_like(like)
             if per_element:
                 own[f"closed{i}_m2"] = closed[i]["m2"][name] if i < len(closed) else torch.zeros_like(like)
-        whole = parameter.owner[parameter.key]
         if not hasattr(whole, "placements"):
             whole_ones[name] = own
         tensors[name] = {kind: placed_like(tensor, whole) for kind, tensor in own.items()}
-    first = exact["tensors"][watched[0].name]
+    first = exact["tensors"][next(iter(held))]
     rest = {key: value for key, value in exact.items() if key != "tensors"}
     rest["closed"] = [{key: block[key] for key in ("rows", "distributions")} for block in closed]
     rest["earlier"], rest["bits"] = "earlier" in first, _bits(whole_ones)
@@ -122,14 +124,13 @@ def _bits(copies: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[int]]:
 # ---- the steps of the open window
 
 
-def shares_of(built: Built, watched: Sequence[WatchedParameter], place: Place, before: ShardSums | None) -> State:
+def shares_of(built: Built, held: Mapping[str, Any], place: Place, before: ShardSums | None) -> State:
     """Return what this rank counts of the open window's steps, with what it goes on from (`before`): {"sums": numbers
     of whole parameters once all ranks' are added up}; {"gone": why} where single steps are gone, {"tied": why} where
     parameters do not say who counts them."""
-    held = [parameter.owner[parameter.key] for parameter in watched]
-    for one, tensor in zip(watched, held, strict=True):
+    for name, tensor in held.items():
         if why := tied_to(tensor, place.numbers):
-            return {"tied": f"parameter '{one.name}' {why}"}
+            return {"tied": f"parameter '{name}' {why}"}
     if len(built.trackers) > 1 or "sketch" in built.trackers:
         return {"tied": f"mode {built.choice.mode!r} with source {built.choice.source!r} keeps what is of these parts"}
     if place.apart:
@@ -142,14 +143,14 @@ def shares_of(built: Built, watched: Sequence[WatchedParameter], place: Place, b
     of_gradients = {name: found.recent.of_tensors(steps) for name, found in built.of_gradients.items()}
     if single is None or any(found is None for found in of_gradients.values()):
         return {"gone": f"the open window has {steps} steps, of which the ring (Trajectory(ring=)) does not have all"}
-    sums = ShardSums.of_rows(tracker.measured()[: len(watched)].cpu(), single, 0)
+    sums = ShardSums.of_rows(tracker.measured()[: len(held)].cpu(), single, 0)
     for stage, squares in of_gradients.items():
         assert squares is not None
         sums.gradients[stage] = squares[:, :, 0].contiguous()
         missing = steps - built.of_gradients[stage].window_steps
         sums.no_gradients[stage] = sums.added.new_tensor([float(missing)])
-    counted = [i for i, tensor in enumerate(held) if counts_here(tensor, place.rank)]
-    sums = sums.spread(range(len(watched)), counted, len(watched))
+    counted = [i for i, tensor in enumerate(held.values()) if counts_here(tensor, place.rank)]
+    sums = sums.spread(range(len(held)), counted, len(held))
     return {"sums": (sums if before is None else sums.after(before)).state()}
 
 

@@ -109,13 +109,18 @@ class Saved(Reported):
 
     # ---- its state among those of other ranks
 
+    def _held_parts(self) -> dict[str, Any]:
+        held = {name: tensor for name, _, tensor in self._holding.held()}
+        return {one.name: held[one.name] for one in self._watched}
+
     def split_state(self, state: dict[str, Any], place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
         """Split its state into copies that lie as the parameters do, and the rest, with what this rank counts of the
         open window."""
-        tensors, rest = split(state, self._watched)
+        held = self._held_parts()
+        tensors, rest = split(state, held)
         self._built.align()
         share = {"tied": _SPLIT} if self.keeps_parts else None
-        rest["share"] = share or shares_of(self._built, self._watched, place, self._carried)
+        rest["share"] = share or shares_of(self._built, held, place, self._carried)
         steps = self._built.first.window_steps
         missed = {stage: steps - found.window_steps for stage, found in self._built.of_gradients.items()}
         if self._carried is not None:
@@ -178,7 +183,7 @@ class Saved(Reported):
         steps = 0 if gone else window["steps"]
         nothing = nothing_of(steps, len(self._watched), window["missed"])
         sums = nothing if gone else added_up([state["share"] for state in saved.others], nothing)
-        here = split(self.state_dict(), self._watched)[1]
+        here = split(self.state_dict(), self._held_parts())[1]
         keys = ("steps_seen", "rebased", "apart")
         state = {**here, **{key: alike[key] for key in keys}, "jumps": [], "carried": {}, "so_far": window["paths"]}
         if "exact" in counters["trackers"] and not any(self._pieces):

@@ -13,7 +13,7 @@ from lipcore.distributed.packed import Packed, Together
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import Level, MetricResult, Places
 from lipcore.trajectory.describe import Rows, quantiles_of
-from lipcore.trajectory.moved_alike import check_moved_alike, movement
+from lipcore.trajectory.moved_alike import check_moved_alike, gradients_of, movement, without_unreduced
 from lipcore.trajectory.shard_sums import NONFINITE_ELEMENTS, WEIGHT_SQ, ShardSums
 from lipcore.trajectory.sketch_errors import relative_errors
 from lipcore.trajectory.sketch_history import SketchHistory
@@ -106,11 +106,14 @@ class SketchPart(SketchRankPart):
         packed = spread.packed(self.gradients.spread([index[name] for name in self.names], mine, len(index)))
         alike = [i for i, names in enumerate(self.members) if owners.replicas.issuperset(names)]
         packed.largest.append(movement(self.sums.steps, [i * SPLIT + j for i in alike for j in range(SPLIT)]))
+        same = [i for i, name in enumerate(self.names) if name in owners.replicas]
+        packed.largest.append(gradients_of(self.gradients.gradients, same))
         return packed
 
     def result(self, together: Together) -> MetricResult:
         """Return the estimates of all ranks, each with its standard error."""
-        check_moved_alike(together.largest[-1])
+        moved, gradients = together.largest[-2:]
+        check_moved_alike(moved)
         owners = self.holding.ownership
         assert owners is not None
         wanted, places = frozenset(self.agreed["quantities"]), self._places
@@ -127,7 +130,9 @@ class SketchPart(SketchRankPart):
         described = Rows(where, table[slices:], quantiles_of(distributions[2 * slices :]))
         described.add_to(self.empty, wanted, length=self.agreed["length"], relative_errors=errors)
         parameters = places_of(owners.names, owners.groups)
-        Whole(of_gradients, parameters, self.agreed["end"]).add_gradients(self.empty, frozenset(stages))
+        Whole(of_gradients, parameters, self.agreed["end"]).add_gradients(
+            self.empty, without_unreduced(gradients, stages, self.empty)
+        )
         if not self.open:
             self.before.end, self.before.paths = after.end, after.paths
         return self.empty

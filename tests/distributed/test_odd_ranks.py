@@ -20,7 +20,10 @@ REFUSED = {
     "averaged_now_and_then": r"ValueError: trajectory: ranks that hold the same parameters have moved them by other ",
     "averaged_with_sketches": r"ValueError: trajectory: ranks that hold the same parameters have moved them by other ",
 }
-OTHERS = {"offload_bits", "destroyed", "sharded_late", "closed_and_merged_again", "gone_back"}
+OTHERS = {
+    *("offload_bits", "reduced_by_hand", "destroyed", "sharded_late", "closed_and_merged_again", "gone_back"),
+    "one_replica_watched",
+}
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +73,31 @@ def test_a_process_group_that_is_gone_makes_no_part_a_whole(found: Found) -> Non
             assert re.match("global_window: torch.distributed.destroy_process_group.. was called", each["said"])
 
 
+def test_gradients_that_are_reduced_by_hand_are_left_out_by_name(found: Found) -> None:
+    for numbers in found["reduced_by_hand"]:
+        assert isinstance(numbers, list), numbers
+        told, *others = numbers
+        assert_right(told["right"])
+        assert told["why"] == ["", ""]
+        for each in others:
+            assert not each["there"]
+            assert all("had other gradients where these are read" in why for why in each["why"])
+        assert [each["gradients"] for each in numbers] == [[False, False]] * 3
+
+
 def test_a_model_that_is_sharded_late_is_named_and_trains_on(found: Found) -> None:
     for numbers in found["sharded_late"]:
         assert isinstance(numbers, dict), numbers
         assert numbers["same"]
         assert "after lipcore has looked at it; call rebind()" in numbers["said"]
+
+
+def test_one_replica_alone_proves_nothing(found: Found) -> None:
+    for rank, numbers in enumerate(found["one_replica_watched"]):
+        assert isinstance(numbers, dict), numbers
+        assert numbers["same"]
+        expected = [["the model is sharded, and not all of its ranks have this metric"]] * 2
+        assert numbers["why"] == (expected if rank < 2 else [])
 
 
 @pytest.mark.parametrize(("name", "steps"), [("closed_and_merged_again", [6, 7]), ("gone_back", [1, 4])])

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from lipcore import Lipschitz, Monitor, PerSampleGradNorms, TensorStats, Trajectory
 
 STEPS, WINDOW, BATCH = 14, 7, 12
-SHARDED = {"fsdp2", "hsdp"}
+SHARDED = {"fsdp2", "hsdp", "root"}
 Numbers = dict[str, float]
 
 
@@ -67,6 +67,9 @@ ROWS = [
     Row("samples in parts, at a window's end, 2 to 1", "tensor_parallel", 2, "plain", 1, at=7, metrics="samples"),
     Row("async, fsdp2 2 to 2", "fsdp2", 2, "fsdp2", 2, how="async"),
     Row("async, fsdp2 2 to 3", "fsdp2", 2, "fsdp2", 3, how="async"),
+    Row("amid a pass, fsdp2 2 to 2", "root", 2, "root", 2, how="amid"),
+    Row("amid a pass, fsdp2 2 to 1", "root", 2, "plain", 1, how="amid"),
+    Row("amid a pass, tensor stats, fsdp2 2 to 1", "root", 2, "plain", 1, metrics="tensor_stats", how="amid"),
     Row("at a window's end, fsdp2 2 to 3", "fsdp2", 2, "fsdp2", 3, at=7),
     Row("at a window's end, ddp 2 to 1", "ddp", 2, "plain", 1, at=7),
     Row("tensor stats, fsdp2 2 to 2", "fsdp2", 2, "fsdp2", 2, metrics="tensor_stats"),
@@ -88,6 +91,10 @@ ROWS = [
 def cut(kind: str, model: Any) -> Any:
     if kind == "fsdp2":
         return fsdp(model)
+    if kind == "root":  # all there is is gathered between the forward and the backward pass
+        from torch.distributed.fsdp import fully_shard
+
+        return fully_shard(model)
     if kind == "hsdp":
         return fsdp(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
     if kind == "ddp":
@@ -145,14 +152,18 @@ class Run:
         dcp.load(state, checkpoint_id=folder)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
-    def train(self, begin: int, end: int) -> None:
+    def train(self, begin: int, end: int, amid: Callable[[], object] = lambda: None) -> None:
+        """Train from step to step; `amid` is called between the forward and the backward pass of the first."""
         norms = self.monitor.metrics.get("per_sample_grad_norm")
         for step in range(begin, end):
             self.optimizer.zero_grad()
             x, y, ids = batch(step, self.rank, self.ranks, self.alike)
             if norms is not None:
                 norms.set_ids(ids)
-            F.mse_loss(self.model(x), y).backward()
+            loss = F.mse_loss(self.model(x), y)
+            if step == begin:
+                amid()
+            loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 0.3) if not self.alike else None
             self.optimizer.step()
             if (window := self.monitor.global_window()) is not None:
@@ -201,8 +212,13 @@ def save(row: Row, folder: str) -> Any:
             run.train(row.at, STEPS)
             future.result()
         else:
-            dcp.save(run.state(), checkpoint_id=folder)
-            run.train(row.at, STEPS)
+            # Model and optimizer say here what they have, which a pass does not change; lipcore when it is saved.
+            saves = functools.partial(dcp.save, run.state(), checkpoint_id=folder)
+            if row.how == "amid":
+                run.train(row.at, STEPS, amid=saves)
+            else:
+                saves()
+                run.train(row.at, STEPS)
         return result(run, row.at)
 
 

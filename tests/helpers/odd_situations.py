@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from lipschitz_situations import merged as merged_lambda
 from lipschitz_situations import truth as truth_of_lambda
 from rank_situations import (
+    CLIP,
     STATS,
     STEPS,
     WINDOW,
@@ -328,6 +329,63 @@ def averaged_with_sketches(rank: int, world: int) -> Any:
     return averaged_now_and_then(rank, world, "sketch")
 
 
+def reduced_by_hand(rank: int, world: int) -> list[Any]:
+    """Ranks reduce gradients behind the backward pass; the Trajectory is told, or is not."""
+    expected = truth(made(), data_of(range(world)))
+    found = []
+    for mode, told in (("exact", True), ("exact", False), ("sketch", False)):
+        trajectory = Trajectory(stats=STATS) if mode == "exact" else Trajectory(mode="sketch", buckets=256)
+        optimizer, monitor = monitored(model := made(), metrics=[trajectory, TensorStats(every_steps=1)])
+        windows = []
+        with monitor:
+            for x, y in data_of(range(world))[rank]:
+                optimizer.zero_grad()
+                F.mse_loss(model(x), y).backward()
+                for parameter in model.parameters():
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= world  # type: ignore[operator]
+                if told:
+                    trajectory.observe_gradients()
+                nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+                optimizer.step()
+                if (window := monitor.global_window()) is not None:
+                    windows.append(window)
+        right = errors(windows, expected) if told else {}
+        there = [key for window in windows for key in window.flat("total") if "/grad_norm" in key]
+        why = [str(window["trajectory"].details.get("grad_norm_off", "")) for window in windows]
+        gradients = [window["tensor_stats"].gradient["total"].mean.valid for window in windows]
+        found.append({"right": right, "there": there, "why": why, "gradients": gradients})
+    return found
+
+
+class Centred(Even):
+    """It takes the mean over the samples of all ranks, forward and backward, as SyncBatchNorm does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.distributed.nn.functional import all_reduce
+
+        hidden = torch.tanh(self.a(x))
+        mean = all_reduce(hidden.mean(0)) / dist.get_world_size()  # type: ignore[no-untyped-call]
+        found: Tensor = self.c(torch.tanh(self.b(hidden - mean)))
+        return found
+
+
+def one_replica_watched(rank: int, world: int) -> dict[str, Any]:
+    """Of two replicas that speak to each other one alone has a Monitor: it runs no backward pass of its own."""
+    weights, why = [], []
+    for watched in (False, rank < world // 2):
+        model = fsdp(made(Centred), mesh_of(world))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        metrics = [PerSampleGradNorms(loss_reduction="mean")]
+        monitor = Monitor(model, optimizer, metrics, window_steps=WINDOW, group=None) if watched else None
+        train(model, optimizer, data_of(range(world))[rank])
+        if monitor is not None:
+            monitor.close()
+            why = [list(window[NAME].details["not_proved"]) for window in monitor.history]
+        weights.append([p.full_tensor().tolist() for p in model.parameters()])
+    return {"same": weights[0] == weights[1], "why": why}
+
+
 def sharded_late(rank: int, world: int) -> dict[str, Any]:
     """fully_shard() comes after the Monitor: said by name, and the training is what it is without one."""
     weights, said = [], ""
@@ -404,8 +462,8 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
     os.environ.setdefault("LIPCORE_TEST_FOLDER", tempfile.mkdtemp())
     for work in (offload, offload_samples, offload_lambda, offload_bits, between_forward_and_backward, noise_between,
                  accumulated, checkpointed, compiled, zero_redundancy, made_before_the_group, one_group_after_another,
-                 destroyed, averaged_now_and_then, averaged_with_sketches, sharded_late, closed_and_merged_again,
-                 gone_back):  # fmt: skip
+                 destroyed, averaged_now_and_then, averaged_with_sketches, reduced_by_hand, sharded_late,
+                 closed_and_merged_again, gone_back):  # fmt: skip
         yield work.__name__, 2, quiet(work)
-    for work in (offload_hsdp, between_in_hsdp, hsdp_samples, two_models):
+    for work in (offload_hsdp, between_in_hsdp, hsdp_samples, two_models, one_replica_watched):
         yield work.__name__, 4, quiet(work)
