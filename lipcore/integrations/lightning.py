@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,8 +16,19 @@ from torch import Tensor, nn
 
 from lipcore.metric.protocol import Metric
 from lipcore.models.names import find_module
+from lipcore.models.ranks import is_sharded, world_size
 from lipcore.monitor.monitor import Monitor
 from lipcore.monitor.watch import watch
+
+_RANK_0_ALONE = (
+    "lipcore's state is not in this checkpoint: Lightning keeps what callbacks have on rank 0, and each rank holds "
+    "other parts of the parameters. A training that goes on from it begins lipcore anew. To go on in the middle of a "
+    "window, save and load callback.monitor beside it, on all ranks: dcp.save({'lipcore': monitor}, checkpoint_id=...)"
+)
+_WITHOUT = (
+    "lipcore goes on from step {0} without what it knew there: its state is not in that checkpoint (it was not "
+    "watching when that was made, or ranks held parts of the parameters)"
+)
 
 
 class LightningCallback(Callback):  # type: ignore[misc]
@@ -24,8 +36,9 @@ class LightningCallback(Callback):  # type: ignore[misc]
     ``lightning.Trainer(callbacks=[lipcore.integrations.LightningCallback(run="runs/a")])``.
 
     The loss that `training_step` returns is in the record. lipcore's state is in each checkpoint, beside that of other
-    callbacks; ``trainer.fit(ckpt_path=...)`` goes on from it, and the record rewinds with it. An exception, an alarm
-    with ``stop=True`` and Ctrl-C close the record.
+    callbacks; ``trainer.fit(ckpt_path=...)`` goes on from it, and the record rewinds with it. Where ranks hold parts of
+    the parameters (FSDP2) it is not there, since Lightning keeps that of rank 0 alone, and a warning says so. An
+    exception, an alarm with ``stop=True`` and Ctrl-C close the record.
 
     Args:
         run: folder of the record, as of :func:`lipcore.watch`; None: none is written.
@@ -67,6 +80,8 @@ class LightningCallback(Callback):  # type: ignore[misc]
         if self._loaded is not None:
             state, self._loaded = self._loaded, None
             self.monitor.load_state_dict(state)
+        elif trainer.ckpt_path:
+            warnings.warn(_WITHOUT.format(trainer.global_step), RuntimeWarning, stacklevel=2)
 
     def on_before_backward(self, trainer: Any, pl_module: LightningModule, loss: Tensor) -> None:
         """Record the loss of this micro-batch, as it was before Lightning divided it."""
@@ -85,7 +100,12 @@ class LightningCallback(Callback):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Return lipcore's state, which Lightning puts into its checkpoint."""
-        return {} if self.monitor is None else {"monitor": self.monitor.state_dict()}
+        if self.monitor is None:
+            return {}
+        if world_size() > 1 and is_sharded(self.monitor.model):
+            warnings.warn(_RANK_0_ALONE, RuntimeWarning, stacklevel=2)
+            return {}
+        return {"monitor": self.monitor.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until the training begins."""

@@ -68,6 +68,7 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.monitor: Monitor | None = None
         self._run, self._metrics, self._watching = run, metrics, watching
         self._folder, self._step, self._shown, self._thread = Path(), 0, -1, 0
+        self._saved = -1  # the step of the last checkpoint that has lipcore's state of this training
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
@@ -88,6 +89,7 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self._run is not None:
             _watching.add(self)
         self._folder, self._step, self._shown = Path(args.output_dir), state.global_step, -1
+        self._saved = -1
         if state.global_step:
             with self._ending():
                 self._resume(args, state.global_step)
@@ -158,11 +160,12 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def _save(self) -> None:
         folder = self._checkpoint(self._step)
-        if self.monitor is None or not folder.is_dir() or (folder / self._name).exists():
-            return
+        if self.monitor is None or self.monitor._closed or self._saved == self._step or not folder.is_dir():
+            return  # a file that is there may be of another training, whose checkpoint the Trainer writes over
         half = folder / (self._name + "-half")
         torch.save(self.monitor.state_dict(), half)
         os.replace(half, folder / self._name)
+        self._saved = self._step
 
     def state(self) -> dict[str, Any]:
         """Write lipcore's state into the checkpoint that the Trainer is making, which asks for this before it is done;

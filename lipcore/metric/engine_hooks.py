@@ -24,6 +24,7 @@ from lipcore.metric.protocol import Metric, Needs
 from lipcore.metric.results import HISTORY_BYTES
 from lipcore.metric.windows import Windows
 from lipcore.models.checks import check_kind
+from lipcore.models.gathered import check_in_parts
 from lipcore.models.names import called_inside
 
 
@@ -62,6 +63,7 @@ class EngineHooks(EngineSteps):
         self._steps_here, self._all_counted = 0, True
         self._closed, self._needs_steps, self._asked_for_scaler = False, needs_steps, False
         check_kind(model)
+        check_in_parts(model)
         self._optimizers = checked_optimizers(optimizer)
         refuse_strangers(self._optimizers, dict(model.named_parameters()))
         self._step_end = self._make_step_end(self._stepped)

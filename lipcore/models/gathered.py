@@ -44,10 +44,27 @@ def is_there(tensor: Tensor) -> bool:
 def in_parts(model: nn.Module, held: Iterable[tuple[str, str, Any]]) -> list[tuple[str, str, Any]]:
     """Return (name, group, tensor) of parameters with what this rank holds of each between two steps: within one, what
     fully_shard() has gathered stands in its place, whole on every rank."""
-    parts: dict[int, Any] = {}
-    for module in fully_sharded(model):
-        parts |= parts_of_gathered(module)
+    parts = _parts(model)
     return [(name, group, parts.get(id(tensor), tensor)) for name, group, tensor in held]
+
+
+def check_in_parts(model: nn.Module) -> None:
+    """Raise a ValueError where parameters are gathered now: what is looked up then is gone at the next step."""
+    parts = _parts(model)
+    for name, parameter in model.named_parameters() if parts else ():
+        if id(parameter) in parts:
+            raise ValueError(
+                f"model: fully_shard() has gathered parameter '{name}', for the pass under way or by unshard(), so "
+                "that it stands here as a whole; make a Monitor, and call rebind(), between two steps, or call "
+                "reshard() of the model before"
+            )
+
+
+def _parts(model: nn.Module) -> dict[int, Any]:
+    found: dict[int, Any] = {}
+    for module in fully_sharded(model):
+        found |= parts_of_gathered(module)
+    return found
 
 
 def mesh_of(model: nn.Module) -> Any:

@@ -358,6 +358,38 @@ def reduced_by_hand(rank: int, world: int) -> list[Any]:
     return found
 
 
+def gathered_when_looked_at(rank: int, world: int) -> dict[str, Any]:
+    """A Monitor is made, and rebind() called, where the root has gathered its parameters."""
+    model: Any = fsdp(made())
+    optimizer, monitor = monitored(model, metrics=[Trajectory(stats=STATS), PerSampleGradNorms(loss_reduction="mean")])
+    found, said = [], []
+
+    def asked(what: Callable[[], object]) -> None:
+        try:
+            what()
+        except ValueError as error:
+            said.append(str(error))
+
+    with monitor:
+        for step, (x, y) in enumerate(data_of(range(world))[rank]):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(x), y)
+            if step == 2:  # no proof is due, in which the root lets go
+                asked(monitor.rebind)
+                asked(lambda: Monitor(model, optimizer, [PerSampleGradNorms(loss_reduction="mean")]))
+                asked(lambda: Trajectory(model))
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            if (window := monitor.global_window()) is not None:
+                found.append(window)
+        model.unshard()
+        asked(monitor.rebind)
+        model.reshard()
+        monitor.rebind()
+    return errors(found, truth(made(), data_of(range(world)))) | {"said": said}
+
+
 class Centred(Even):
     """It takes the mean over the samples of all ranks, forward and backward, as SyncBatchNorm does."""
 
@@ -463,7 +495,7 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
     for work in (offload, offload_samples, offload_lambda, offload_bits, between_forward_and_backward, noise_between,
                  accumulated, checkpointed, compiled, zero_redundancy, made_before_the_group, one_group_after_another,
                  destroyed, averaged_now_and_then, averaged_with_sketches, reduced_by_hand, sharded_late,
-                 closed_and_merged_again, gone_back):  # fmt: skip
+                 gathered_when_looked_at, closed_and_merged_again, gone_back):  # fmt: skip
         yield work.__name__, 2, quiet(work)
     for work in (offload_hsdp, between_in_hsdp, hsdp_samples, two_models, one_replica_watched):
         yield work.__name__, 4, quiet(work)

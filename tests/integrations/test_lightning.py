@@ -118,3 +118,21 @@ def test_resuming_makes_one_history(tmp_path: Path) -> None:
         mine, theirs = one.series(name), other.series(name)
         assert mine.steps.tolist() == theirs.steps.tolist()
         assert np.array_equal(mine.values, theirs.values, equal_nan=True)
+
+
+def test_state_of_parts_is_not_in_a_checkpoint_that_rank_0_alone_writes(tmp_path: Path, monkeypatch: Any) -> None:
+    class Save(lightning.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(tmp_path / "at8.ckpt")
+
+    with monkeypatch.context() as several:  # as under FSDP2
+        several.setattr("lipcore.integrations.lightning.world_size", lambda: 2)
+        several.setattr("lipcore.integrations.lightning.is_sharded", lambda model: True)
+        with pytest.warns(RuntimeWarning, match="lipcore's state is not in this checkpoint: .* dcp.save"):
+            trained(Inside(), tmp_path, [lipcore.integrations.LightningCallback(window_steps=4), Save()])
+    again = lipcore.integrations.LightningCallback(window_steps=4)
+    with pytest.warns(RuntimeWarning, match="lipcore goes on from step 8 without what it knew there"):
+        trained(Inside(), tmp_path, [again], ckpt=tmp_path / "at8.ckpt")
+    assert again.monitor is not None
+    assert [window.last_step for window in again.monitor.history] == [4, 8]

@@ -139,6 +139,15 @@ def test_resuming_makes_one_history(tmp_path: Path) -> None:
         assert np.allclose(mine.values, theirs.values, rtol=1e-6, equal_nan=True)
 
 
+def test_a_training_in_the_same_folder_writes_over_the_state_of_the_one_before(tmp_path: Path) -> None:
+    found = []
+    for rate in (5e-5, 1e-3):
+        callback = lipcore.integrations.HFCallback(window_steps=4)
+        trained(tmp_path / "out", callback, save_strategy="steps", save_steps=6, learning_rate=rate)
+        found.append((tmp_path / "out" / "checkpoint-6" / "lipcore-rank0.pt").read_bytes())
+    assert found[0] != found[1]
+
+
 def test_a_checkpoint_without_lipcore(tmp_path: Path) -> None:
     more = {"save_strategy": "steps", "save_steps": 6}
     trained(tmp_path / "out", None, **more)
