@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lipcore.models.dtensors import local_of
 from lipcore.models.torch_internals import shard_of
 
 
@@ -21,16 +22,16 @@ def gradient_part(parameter: Any, gradient: Any) -> Tensor | None:
         return gradient  # type: ignore[no-any-return]
     if own is None:  # whole here
         whole = all(each.is_replicate() or gradient.device_mesh.size(i) == 1 for i, each in enumerate(its))
-        return gradient._local_tensor if whole else None
+        return local_of(gradient) if whole else None
     mesh = parameter.device_mesh
     if its is None or (gradient.device_mesh is not mesh and gradient.device_mesh != mesh):
         return None  # what other ranks have is not said
     if own == its:
-        return gradient._local_tensor  # type: ignore[no-any-return]
+        return local_of(gradient)
     cut = _to_cut(mesh, own, its)
     if cut is None:
         return None
-    part: Tensor = gradient._local_tensor
+    part = local_of(gradient)
     shape, offset = shard_of(parameter) if cut else ((), ())
     for dim in cut:
         part = part.narrow(dim, min(offset[dim], part.shape[dim]), shape[dim])

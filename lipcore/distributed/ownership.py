@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipcore.models.dtensors import local_of
 from lipcore.models.torch_internals import shard_of
 
 Shape = tuple[int, ...]
@@ -46,7 +47,7 @@ def describe(parameters: Iterable[tuple[str, str, Any]], kept: Collection[str] |
         kept: names of those that this rank could count; None: of all.
     """
     found = list(parameters)
-    local = [getattr(tensor, "_local_tensor", tensor).detach() for _, _, tensor in found]
+    local = [local_of(tensor).detach() for _, _, tensor in found]
     sums = torch.stack([bits_of(tensor) for tensor in local]).tolist() if found else []
     bits = [f"{each & (1 << 64) - 1:016x}" for each in sums]  # as long for other values
     out: Description = {"names": [], "groups": [], "whole": [], "offset": [], "shape": [], "bits": bits}

@@ -19,11 +19,6 @@ def placed_like(local: Tensor, parameter: Any) -> Tensor:
     return DTensor.from_local(local, mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
 
 
-def local_of(tensor: Any) -> Any:
-    """Return this rank's elements of what :func:`placed_like` gives; of anything else, that."""
-    return getattr(tensor, "_local_tensor", tensor)
-
-
 def counts_here(tensor: Any, place: int) -> bool:
     """Return whether the rank at this place of its group is the one that counts the part of a parameter that it holds,
     as far as its mesh and placements say it: each part is counted once where :func:`tied_to` says nothing."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipcore.distributed.placed import local_of
 from lipcore.lipschitz.bias_steps import BiasSteps
 from lipcore.lipschitz.input_tap import ModelInputTap
 from lipcore.lipschitz.taps import FirstLayerTap
@@ -19,6 +18,7 @@ from lipcore.metric.handed_out import HandedOut
 from lipcore.metric.host_reads import TensorRead
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version
+from lipcore.models.dtensors import local_of
 
 
 class LipschitzWindow(StandaloneMetric):

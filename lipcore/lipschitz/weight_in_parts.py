@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipcore.distributed.placed import local_of
 from lipcore.lipschitz.first_weight import twin_of, unknown
 from lipcore.lipschitz.singular_values import SVD_LIMIT, SingularValues, singular_values
 from lipcore.metric.later import Later
+from lipcore.models.dtensors import local_of
 from lipcore.models.torch_internals import shard_of
 
 #: Numbers that are added up unasked: those of W_1^T W_1 of so many inputs.

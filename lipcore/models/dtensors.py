@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from lipcore.models.torch_internals import shard_of
 
 
-def local_of(tensor: Tensor) -> Tensor:
+def local_of(tensor: Any) -> Tensor:
     """Return this rank's values of a DTensor, and of what a collective still brings, when it has come; any other tensor
     as it is."""
     if type(tensor) is Tensor or type(tensor) is nn.Parameter:
         return tensor
     tensor = getattr(tensor, "_local_tensor", tensor)
     wait = getattr(tensor, "trigger_wait", None)  # of an AsyncCollectiveTensor, whose memory is read here
-    return tensor if wait is None else wait()
+    return tensor if wait is None else wait()  # type: ignore[no-any-return]
 
 
 def is_partial(tensor: Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lipcore.functional.dtypes import FLOATING
 from lipcore.metric.results import MetricResult
+from lipcore.models.dtensors import local_of
 from lipcore.models.names import listed, named_modules
 from lipcore.models.outputs import output_names, tensors_of
 
@@ -90,7 +91,7 @@ def readable(tensor: Any) -> Tensor | None:
     if hasattr(tensor, "placements"):
         if any(placement.is_partial() for placement in tensor.placements):
             return None
-        tensor = tensor._local_tensor
+        tensor = local_of(tensor)
     if tensor.is_nested or tensor.is_meta or tensor.dtype not in FLOATING:
         return None
     if tensor.layout != torch.strided:

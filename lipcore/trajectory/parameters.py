@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lipcore import _core
 from lipcore.models.checks import check_kind
+from lipcore.models.dtensors import local_of
 from lipcore.models.gathered import check_in_parts
 from lipcore.models.names import named_modules
 from lipcore.models.torch_internals import WRAPPER_ATTRIBUTES, shard_of
@@ -64,7 +65,7 @@ def local_shard(tensor: Any) -> Tensor:
         return tensor  # type: ignore[no-any-return]
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError("a DTensor with partial sums has no values of its own; redistribute it first")
-    return tensor._local_tensor  # type: ignore[no-any-return]
+    return local_of(tensor)
 
 
 def piece_of(tensor: Any) -> str:

@@ -18,6 +18,7 @@ from lipcore.capture.layers.other_outputs import has_used_others
 from lipcore.capture.layers.passes import Passes
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.training_pass import Untraced, in_backward, is_training_forward
+from lipcore.models.dtensors import local_of
 from lipcore.models.names import named_modules
 
 _NUMBERS = re.compile(r"\b\d+\b")
@@ -125,7 +126,7 @@ class Keepers:
             return
         if run.kept is None:
             # Of sharded parameters the part that is here.
-            here = [getattr(p, "_local_tensor", p) for _, p in self._coverage.parameters()]
+            here = [local_of(p) for _, p in self._coverage.parameters()]
             run.kept = KeptTensors(self._max_bytes, {p.untyped_storage().data_ptr() for p in here})
         (self._outside.discard if under_hooks() else self._outside.add)(at)
         hooks = run.kept.hooks()
