@@ -86,13 +86,13 @@ class PerSampleMetric(SampleObserver):
     def scores(self) -> Any:
         """Statistics per sample id, when `ids` are given. Where ranks hold parts of parameters (tensor parallelism),
         those of samples that global_window() or :meth:`sync_scores` has added up."""
-        self._window.score()
+        self._window.read_scores()
         return self._window.scores
 
     @property
     def loss_scores(self) -> SampleScores:
         """Statistics of the losses per sample id, when :meth:`set_losses` gives them too."""
-        self._window.score()
+        self._window.read_scores()
         return self._window.loss_scores
 
     # ---- the last micro-batch
@@ -182,7 +182,7 @@ class PerSampleMetric(SampleObserver):
         scores: Any = self.loss_scores if losses else self.scores
         several = not isinstance(scores, SampleScores)
         own = list(scores) if several else [scores]
-        if rows is not None and not rows.ranks.counts:
+        if (parts := self._window.parts) is not None and not parts.counts:
             own = [SampleScores()]  # another rank has those of the same samples
         found = scores_of_all(partners, own, what, self._window.steps)
         return ScoreColumns.of(found) if several else found[0]
@@ -228,7 +228,7 @@ class PerSampleMetric(SampleObserver):
     def _facts(self) -> dict[str, Any]:
         """Return what was not recorded, not proved, taken back and not covered."""
         if self._capture is None:
-            return {}
+            return {} if self._window.parts is None else {"in_parts": IN_PARTS}
         doubts, taken_back = self._window.doubts.counts(), self._window.unproved.taken_back.counts()
         uncovered = dict(self._capture.coverage.uncovered)
         facts: dict[str, Any] = {"unrecorded": self.unrecorded}
@@ -357,7 +357,7 @@ class PerSampleMetric(SampleObserver):
         if other._layers != self._layers:
             raise ValueError(f"other: it measures the layers {other._layers!r}, this one {self._layers!r}")
         mine, theirs = self._window, other._window
-        if mine.in_parts is not None or theirs.in_parts is not None:
+        if mine.parts is not None or theirs.parts is not None:
             raise ValueError(
                 "other: ranks hold parts of these samples' gradients (tensor parallelism); global_window() adds them up"
             )

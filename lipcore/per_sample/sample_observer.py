@@ -147,7 +147,8 @@ class SampleObserver(StandaloneMetric):
         anew where the layers are others than before."""
         self._window.open_step.drop()
         self._next.take()
-        if self._capture is not None:
+        if self._capture is not None and self._holding is not None:
+            self._holding.settle()
             self._capture.rebind()
             self.tapped(self._capture)
             if self._resting:
@@ -195,8 +196,9 @@ class SampleObserver(StandaloneMetric):
             ValueError: a parameter that no rule covers is there now.
         """
         self._resting = False
-        if self._capture is not None and not self.off:
+        if self._capture is not None and self._holding is not None and not self.off:
             self._window.open_step.drop()
+            self._holding.settle()
             self._capture.wake()
             self._capture.active = self._window.steps % self._every == 0
             self.tapped(self._capture)
