@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +29,7 @@ from lipcore.models.ranks import is_fsdp1
 from lipcore.per_sample.added_up import add_up_waiting
 from lipcore.per_sample.methods import layer_lines
 from lipcore.per_sample.open_step import PassNumbers
-from lipcore.per_sample.part_rows import IN_PARTS, OTHER_PARTS, has_rows
+from lipcore.per_sample.part_rows import IN_PARTS, OTHER_PARTS, OTHER_SCORES, has_rows
 from lipcore.per_sample.rank_part import COUNTS, PerSamplePart
 from lipcore.per_sample.results import add_noise
 from lipcore.per_sample.sample_names import NamedSamples
@@ -338,16 +339,18 @@ class PerSampleMetric(SampleObserver):
         return why
 
     def _load_others(self, saved: RankStates) -> str:
-        """Go on from ranks that held other parts of the parameters: with their scores, where this rank has whole
-        gradients, and without the open window."""
-        begin = saved.alike
+        """Go on from ranks that held other parts of the parameters: with their scores, and without the open window."""
+        begin, parts = saved.alike, self._window.parts
         assert begin is not None
-        lacks = self._window.in_parts is not None or not saved.complete
-        if not lacks:
-            begin = {**begin, **self._window.added_scores(saved.others)}
-            lacks = any(has_rows(state.get("in_parts", {})) for state in saved.by_rank.values())
+        if saved.complete:
+            scores = self._window.added_scores(saved.others)
+            if parts is None or parts.counts:
+                begin = {**begin, **scores}
+            elif len(scores["scores"]["ids"]):
+                warnings.warn(OTHER_SCORES.format(len(scores["scores"]["ids"])), stacklevel=2)
         self.load_state_dict(begin)
-        return OTHER_PARTS.format(saved.ranks) if lacks else ""
+        lacks = any(has_rows(state.get("in_parts", {})) for state in saved.by_rank.values())
+        return OTHER_PARTS.format(saved.ranks) if lacks or parts is not None or not saved.complete else ""
 
     def merge(self, other: PerSampleMetric) -> None:
         """Add the open window of another one of the same layers (of another rank or interval): distributions, noise

@@ -37,6 +37,10 @@ LOST = (
     "every rank"
 )
 BEFORE = -1  #: in a state, in the place of the block: of a window before
+OTHER_SCORES = (
+    "lipcore's scores by id lack those of {0} ids that ranks have saved, since other ranks hold other parts of the "
+    "parameters here (tensor parallelism); load this checkpoint with as many ranks and the same plan to have them"
+)
 _SAME = 1e-2  # relative, of squares of what ranks hold alike: they may be computed by other kernels
 
 
@@ -70,13 +74,14 @@ class PassRows:
 
     def partial(self, ranks: PartRanks) -> Partial:
         """Return what is to be added up."""
-        both = torch.cat([self.squares.double(), self.alike.double()])
-        return Partial(both, ranks.handle, lambda total: self._take(total, len(ranks.ranks)))
+        alike = self.alike.double()
+        both = torch.cat([self.squares.double(), alike])
+        return Partial(both, ranks.handle, lambda total: self._take(total, alike.cpu(), len(ranks.ranks)))
 
-    def _take(self, total: Tensor, ranks: int) -> None:
-        """Take the sum over the ranks."""
-        squares, several = total.split([len(self.squares), len(self.alike)])
-        if (unlike := unlike_row(several, self.alike.cpu(), ranks)) >= 0:
+    def _take(self, total: Tensor, alike: Tensor, ranks: int) -> None:
+        """Take the sum over the ranks; several times, where windows overlap."""
+        squares, several = total.split([len(total) - len(alike), len(alike)])
+        if (unlike := unlike_row(several, alike, ranks)) >= 0:
             self.unlike = self.layers[unlike]
         self.squares, self.whole, self.alike = squares, True, self.alike[:0]
 

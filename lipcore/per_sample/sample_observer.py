@@ -68,8 +68,7 @@ class SampleObserver(StandaloneMetric):
         self._last: PassNumbers | None = None
         self._joint = False  # another forward pass had the same backward pass
         self._next = NamedSamples()
-        self._on_call = False  # once it is in a Monitor, it rests until wake()
-        self._resting = False  # nothing is recorded until then
+        self._on_call = self._resting = False  # rests until wake(), once it is in a Monitor; nothing is recorded
         self._layer_index = LayerIndex({})
         self._window = SampleWindow(columns, make_scores)
         self._without_loss: Counter[str] = Counter()  # passes whose factor is not known, by reason
@@ -278,10 +277,9 @@ class SampleObserver(StandaloneMetric):
             self._reduction.look_at(loss)
 
     def observe_batch(self, ids: Tensor, losses: Tensor | None) -> None:
-        if self._resting:
-            return
-        self._name_samples(ids)
-        if losses is not None:
+        if not self._resting:
+            self._name_samples(ids)
+        if losses is not None and not self._resting:
             self._next.set_losses(losses)
 
     def listen(self, listener: StepListener) -> None:
