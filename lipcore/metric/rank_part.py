@@ -45,6 +45,11 @@ class Holding:
         self._ranks: tuple[int, ...] = ()
         self.room = 1024  #: bytes for the text, once there is one; it is as long at other values of the parameters
 
+    def settle(self) -> None:
+        """Stay with the parameters of now, before the metric turns to others: windows of these may wait."""
+        found = list(self._parameters())
+        self._parameters = lambda: found
+
     def turn_to(self, ranks: tuple[int, ...]) -> None:
         """Say who counts what among the ranks of this group from now on."""
         self._ranks = ranks

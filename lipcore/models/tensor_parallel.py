@@ -38,6 +38,9 @@ class PartRanks:
     cuts: Mapping[str, int] = field(compare=False)
     on_mesh: frozenset[str] = field(compare=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"handle": None}  # a process group is of one process
+
     @property
     def counts(self) -> bool:
         """True on the one rank that counts samples, and what all hold alike."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from lipcore.distributed.partial_sums import Partial, add_up
 from lipcore.distributed.partners import Partners
 from lipcore.models.tensor_parallel import PartRanks
-from lipcore.per_sample.part_rows import PartRows, bits_of, unlike_row
+from lipcore.per_sample.part_rows import PartRows, PassRows, bits_of, unlike_row
 from lipcore.per_sample.pass_norms import PassNorms
 from lipcore.per_sample.rank_part import UNLIKE
 
@@ -22,9 +23,11 @@ ASK = (
     "of a sum over them; call sync_norms() on each of these ranks first, behind the same backward pass"
 )
 _OTHER = (
-    "{0}: ranks {1} hold parts of the same gradients, and have recorded other samples ({2} on rank {3}, {4} on rank "
-    "{5}); give these ranks the same batches"
+    "{0}: ranks {1} hold parts of the same gradients, and have recorded other samples ({2} {6} on rank {3}, {4} on "
+    "rank {5}, or other sizes or ids); give these ranks the same batches and ids{7}"
 )
+_LEFT_OUT = ". These micro-batches are left out of the scores"
+_COPY = "{0}: this is a copy of a metric, which does not reach the other ranks; call it on the original"
 
 
 def whole_norms(norms: PassNorms, what: str, step: int, timeout: float) -> PassNorms:
@@ -42,7 +45,8 @@ def whole_norms(norms: PassNorms, what: str, step: int, timeout: float) -> PassN
     parts = norms.parts
     assert parts is not None
     names = zlib.crc32(repr((norms.names, norms.record.broken)).encode())
-    _meet(parts, what, step, timeout, [norms.samples, names])
+    if differ := _meet(parts, what, step, timeout, [norms.samples, names]):
+        raise ValueError(_OTHER.format(*differ, "samples", ""))
     if norms.record.broken:
         return norms
     mine = torch.tensor([parts.counts or name in parts.cuts for name in norms.names])
@@ -68,14 +72,33 @@ def add_up_waiting(rows: PartRows, what: str, step: int, timeout: float) -> None
     """Add up the squares of samples with ids that wait for it. A collective of the ranks that hold parts; what
     :func:`whole_norms` raises."""
     waiting = rows.waiting
-    _meet(rows.ranks, what, step, timeout, bits_of(waiting))
+    if differ := _meet(rows.ranks, what, step, timeout, bits_of(waiting)):
+        rows.give_up_waiting()
+        raise ValueError(_OTHER.format(*differ, "micro-batches that wait", _LEFT_OUT))
     add_up([each.partial(rows.ranks) for each in waiting])
+    _agree(waiting, rows.ranks)
     unlike = next((each.unlike for each in waiting if each.unlike), "")
     if unlike:
         raise ValueError(f"{what}: {UNLIKE.format(unlike)}")
 
 
-def _meet(parts: PartRanks, what: str, step: int, timeout: float, samples: list[int]) -> None:
+def _agree(waiting: Sequence[PassRows], ranks: PartRanks) -> None:
+    """Have all ranks say the same of what they hold alike: near the bound one rank may find it so and another not."""
+
+    def take(found: Tensor) -> None:
+        for rows, count in zip(waiting, found.tolist(), strict=True):
+            rows.unlike = (rows.unlike or rows.layers[0]) if count else ""
+
+    if waiting:
+        found = [float(bool(each.unlike)) for each in waiting]
+        add_up([Partial(torch.tensor(found, dtype=torch.float64, device="cpu"), ranks.handle, take)])
+
+
+def _meet(parts: PartRanks, what: str, step: int, timeout: float, samples: list[int]) -> tuple[Any, ...]:
+    """Meet the other ranks; return which of them have other samples, for words on that, () where none has. Where
+    ranks differ, each of them sees one that is not as itself."""
+    if parts.handle is None:
+        raise RuntimeError(_COPY.format(what))
     partners = Partners(parts.handle, timeout)
     group = partners.find()
     assert group is not None
@@ -84,5 +107,5 @@ def _meet(parts: PartRanks, what: str, step: int, timeout: float, samples: list[
     for rank, other in zip(group.ranks, headers, strict=True):
         if other != header:
             mine = parts.ranks[parts.place]
-            counts = samples[0], mine, other.get("samples", ["none"])[0], rank
-            raise ValueError(_OTHER.format(what, list(group.ranks), *counts))
+            return what, list(group.ranks), samples[0], mine, other.get("samples", ["none"])[0], rank
+    return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +29,7 @@ from lipcore.models.ranks import is_fsdp1
 from lipcore.per_sample.added_up import add_up_waiting
 from lipcore.per_sample.methods import layer_lines
 from lipcore.per_sample.open_step import PassNumbers
-from lipcore.per_sample.part_rows import IN_PARTS, OTHER_PARTS, has_rows
+from lipcore.per_sample.part_rows import IN_PARTS, OTHER_PARTS, OTHER_SCORES, has_rows
 from lipcore.per_sample.rank_part import COUNTS, PerSamplePart
 from lipcore.per_sample.results import add_noise
 from lipcore.per_sample.sample_names import NamedSamples
@@ -86,13 +87,13 @@ class PerSampleMetric(SampleObserver):
     def scores(self) -> Any:
         """Statistics per sample id, when `ids` are given. Where ranks hold parts of parameters (tensor parallelism),
         those of samples that global_window() or :meth:`sync_scores` has added up."""
-        self._window.score()
+        self._window.read_scores()
         return self._window.scores
 
     @property
     def loss_scores(self) -> SampleScores:
         """Statistics of the losses per sample id, when :meth:`set_losses` gives them too."""
-        self._window.score()
+        self._window.read_scores()
         return self._window.loss_scores
 
     # ---- the last micro-batch
@@ -182,7 +183,7 @@ class PerSampleMetric(SampleObserver):
         scores: Any = self.loss_scores if losses else self.scores
         several = not isinstance(scores, SampleScores)
         own = list(scores) if several else [scores]
-        if rows is not None and not rows.ranks.counts:
+        if (parts := self._window.parts) is not None and not parts.counts:
             own = [SampleScores()]  # another rank has those of the same samples
         found = scores_of_all(partners, own, what, self._window.steps)
         return ScoreColumns.of(found) if several else found[0]
@@ -228,7 +229,7 @@ class PerSampleMetric(SampleObserver):
     def _facts(self) -> dict[str, Any]:
         """Return what was not recorded, not proved, taken back and not covered."""
         if self._capture is None:
-            return {}
+            return {} if self._window.parts is None else {"in_parts": IN_PARTS}
         doubts, taken_back = self._window.doubts.counts(), self._window.unproved.taken_back.counts()
         uncovered = dict(self._capture.coverage.uncovered)
         facts: dict[str, Any] = {"unrecorded": self.unrecorded}
@@ -338,16 +339,18 @@ class PerSampleMetric(SampleObserver):
         return why
 
     def _load_others(self, saved: RankStates) -> str:
-        """Go on from ranks that held other parts of the parameters: with their scores, where this rank has whole
-        gradients, and without the open window."""
-        begin = saved.alike
+        """Go on from ranks that held other parts of the parameters: with their scores, and without the open window."""
+        begin, parts = saved.alike, self._window.parts
         assert begin is not None
-        lacks = self._window.in_parts is not None or not saved.complete
-        if not lacks:
-            begin = {**begin, **self._window.added_scores(saved.others)}
-            lacks = any(has_rows(state.get("in_parts", {})) for state in saved.by_rank.values())
+        if saved.complete:
+            scores = self._window.added_scores(saved.others)
+            if parts is None or parts.counts:
+                begin = {**begin, **scores}
+            elif len(scores["scores"]["ids"]):
+                warnings.warn(OTHER_SCORES.format(len(scores["scores"]["ids"])), stacklevel=2)
         self.load_state_dict(begin)
-        return OTHER_PARTS.format(saved.ranks) if lacks else ""
+        lacks = any(has_rows(state.get("in_parts", {})) for state in saved.by_rank.values())
+        return OTHER_PARTS.format(saved.ranks) if lacks or parts is not None or not saved.complete else ""
 
     def merge(self, other: PerSampleMetric) -> None:
         """Add the open window of another one of the same layers (of another rank or interval): distributions, noise
@@ -357,7 +360,7 @@ class PerSampleMetric(SampleObserver):
         if other._layers != self._layers:
             raise ValueError(f"other: it measures the layers {other._layers!r}, this one {self._layers!r}")
         mine, theirs = self._window, other._window
-        if mine.in_parts is not None or theirs.in_parts is not None:
+        if mine.parts is not None or theirs.parts is not None:
             raise ValueError(
                 "other: ranks hold parts of these samples' gradients (tensor parallelism); global_window() adds them up"
             )

@@ -31,6 +31,16 @@ OTHER_PARTS = (
     "otherwise here, so the open window begins anew, and the scores lack its samples; before a checkpoint that another "
     "plan loads, call global_window() at a window's end"
 )
+LOST = (
+    "lipcore's scores by id lack {0} samples: ranks hold parts of the parameters (tensor parallelism), and more than "
+    "64 MiB of single samples' squares waited to be added up; call global_window() or sync_scores() more often, on "
+    "every rank"
+)
+BEFORE = -1  #: in a state, in the place of the block: of a window before
+OTHER_SCORES = (
+    "lipcore's scores by id lack those of {0} ids that ranks have saved, since other ranks hold other parts of the "
+    "parameters here (tensor parallelism); load this checkpoint with as many ranks and the same plan to have them"
+)
 _SAME = 1e-2  # relative, of squares of what ranks hold alike: they may be computed by other kernels
 
 
@@ -54,11 +64,7 @@ class PassRows:
         self.squares, self.alike, self.layers, self.ids, self.losses = squares, alike, layers, ids, losses
         self.whole, self.unlike = False, ""
         self.number = -1  # among all of them
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are kept, about."""
-        return self.squares.nbytes + (0 if self.whole else self.alike.nbytes)
+        self.nbytes = squares.nbytes + alike.nbytes  #: that are kept, at most
 
     @property
     def bits(self) -> int:
@@ -68,15 +74,16 @@ class PassRows:
 
     def partial(self, ranks: PartRanks) -> Partial:
         """Return what is to be added up."""
-        both = torch.cat([self.squares.double(), self.alike.double()])
-        return Partial(both, ranks.handle, lambda total: self._take(total, len(ranks.ranks)))
+        alike = self.alike.double()
+        both = torch.cat([self.squares.double(), alike])
+        return Partial(both, ranks.handle, lambda total: self._take(total, alike.cpu(), len(ranks.ranks)))
 
-    def _take(self, total: Tensor, ranks: int) -> None:
-        """Take the sum over the ranks."""
-        squares, several = total.split([len(self.squares), len(self.alike)])
-        if (unlike := unlike_row(several, self.alike.cpu(), ranks)) >= 0:
+    def _take(self, total: Tensor, alike: Tensor, ranks: int) -> None:
+        """Take the sum over the ranks; several times, where windows overlap."""
+        squares, several = total.split([len(total) - len(alike), len(alike)])
+        if (unlike := unlike_row(several, alike, ranks)) >= 0:
             self.unlike = self.layers[unlike]
-        self.squares, self.whole = squares, True
+        self.squares, self.whole, self.alike = squares, True, self.alike[:0]
 
     def norms(self) -> Tensor:
         """Return the norms of whole samples, [B]."""
@@ -95,25 +102,32 @@ class PartRows:
     def __init__(self, ranks: PartRanks, places: int, blocks: int) -> None:
         self.ranks, self._places = ranks, places
         self._blocks: deque[list[PassRows]] = deque([[]], maxlen=blocks)
-        self._unscored: list[PassRows] = []  # with ids, also of windows before
+        self._sizes: deque[int] = deque([0], maxlen=blocks)  # bytes of each
+        self._unscored: deque[PassRows] = deque()  # with ids, also of windows before
+        self._unscored_bytes = 0
         self._made = self._marked = 0
-        self._scored: list[PassRows] = []  # since the last mark
+        self._scored: list[PassRows] = []  # since the last mark, of those before it
         self.off = ""  #: why the open window's are not kept
-        self.lost = 0  #: samples with names that no score has got
+        self._lost = 0  # samples with names that no score gets, which nobody has been told of
 
     def add(self, rows: PassRows) -> None:
         """Add a micro-batch."""
         rows.number, self._made = self._made, self._made + 1
         if rows.ids is not None:
             self._unscored.append(rows)
-            while _bytes(self._unscored) > _MOST_BYTES:
-                self.lost += self._unscored.pop(0).squares.shape[1]
+            self._unscored_bytes += rows.nbytes
+            while self._unscored_bytes > _MOST_BYTES:
+                oldest = self._unscored.popleft()
+                self._unscored_bytes -= oldest.nbytes
+                self._lost += oldest.squares.shape[1]
         if not self.off:
             self._blocks[-1].append(rows)
-            if _bytes(self.window()) > _MOST_BYTES:
+            self._sizes[-1] += rows.nbytes
+            if sum(self._sizes) > _MOST_BYTES:
                 self.off = TOO_MANY
-                for block in self._blocks:
+                for at, block in enumerate(self._blocks):
                     block.clear()
+                    self._sizes[at] = 0
 
     @property
     def nbytes(self) -> int:
@@ -130,12 +144,34 @@ class PartRows:
         return [rows for rows in self._unscored if not rows.whole]
 
     def score(self, take: Callable[[PassRows], None]) -> None:
-        """Hand on those of named samples that are whole."""
+        """Hand on those of named samples that are whole, and whose squares are."""
         whole = [rows for rows in self._unscored if rows.whole]
-        self._unscored = [rows for rows in self._unscored if not rows.whole]
-        for rows in whole:
+        if not whole:
+            return
+        self._keep_unscored(rows for rows in self._unscored if not rows.whole)
+        right = [rows for rows in whole if not rows.unlike]
+        for rows in right:
             take(rows)
-        self._scored += whole
+        self._scored += [rows for rows in right if rows.number < self._marked]  # a failed proof forgets the others
+
+    def _keep_unscored(self, rows: Iterable[PassRows]) -> None:
+        self._unscored = deque(rows)
+        self._unscored_bytes = _bytes(self._unscored)
+
+    def give_up_waiting(self) -> None:
+        """Leave out of the scores what waits, since ranks have other samples there and never will add it up."""
+        self._keep_unscored(rows for rows in self._unscored if rows.whole)
+
+    def tell_lost(self) -> str:
+        """Return, once, words on samples that the scores lack; "" where there are none."""
+        lost, self._lost = self._lost, 0
+        return LOST.format(lost) if lost else ""
+
+    def go_on_scoring(self, before: PartRows | None) -> None:
+        """Hand on to the scores, besides, what another one of the same ranks has not: of other layers."""
+        if before is not None and before.ranks == self.ranks:
+            self._keep_unscored(before._unscored)
+            self._made, self._lost = before._made, before._lost
 
     def mark(self) -> None:
         """Note that all so far are right."""
@@ -143,9 +179,10 @@ class PartRows:
 
     def take_back(self, take: Callable[[PassRows], None]) -> None:
         """Forget those since the last mark; hand on, once more, those before that came to the scores since."""
-        for block in self._blocks:
+        for at, block in enumerate(self._blocks):
             block[:] = [rows for rows in block if rows.number < self._marked]
-        self._unscored = [rows for rows in self._unscored if rows.number < self._marked]
+            self._sizes[at] = _bytes(block)
+        self._keep_unscored(rows for rows in self._unscored if rows.number < self._marked)
         self._scored = [rows for rows in self._scored if rows.number < self._marked]
         for rows in self._scored:
             take(rows)
@@ -153,18 +190,22 @@ class PartRows:
     def reset(self) -> None:
         """Start a window."""
         self._blocks.clear()
+        self._sizes.clear()
         self.advance()
 
     def advance(self) -> None:
         """Start a block; the oldest one falls out."""
         self._blocks.append([])
+        self._sizes.append(0)
         self.off = ""
 
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whose parts these are, and those of the window."""
+        """Return whose parts these are, those of the window, and those of windows before that have no scores yet."""
         window = [(at, rows) for at, block in enumerate(self._blocks) for rows in block]
+        inside, unscored = {id(each) for _, each in window}, {id(each) for each in self._unscored}
+        window = [(BEFORE, each) for each in self._unscored if id(each) not in inside] + window
         rows = [each for _, each in window]
         return {
             "ranks": len(self.ranks.ranks),
@@ -174,7 +215,7 @@ class PartRows:
             "block": [at for at, _ in window],
             "whole": [each.whole for each in rows],
             "unlike": [each.unlike for each in rows],
-            "scored": [each not in self._unscored for each in rows],
+            "scored": [id(each) not in unscored for each in rows],
             "squares": [each.squares.cpu() for each in rows],
             "alike": [each.alike.cpu() for each in rows],
             "layers": [each.layers for each in rows],
@@ -188,14 +229,18 @@ class PartRows:
         self.off = state.get("off", "")
         for _ in range(1, state.get("blocks", 1)):
             self._blocks.append([])
+            self._sizes.append(0)
         for one in _one_by_one(state):
             tensors = one["squares"].clone(), one["alike"].clone()
             rows = PassRows(*tensors, list(one["layers"]), _or_none(one["ids"]), _or_none(one["losses"]))
             rows.whole, rows.unlike, rows.number = bool(one["whole"]), one["unlike"], self._made
             self._made += 1
-            self._blocks[one["block"]].append(rows)
+            if one["block"] != BEFORE:
+                self._blocks[one["block"]].append(rows)
+                self._sizes[one["block"]] += rows.nbytes
             if rows.ids is not None and not one["scored"]:
                 self._unscored.append(rows)
+                self._unscored_bytes += rows.nbytes
         self.mark()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -221,7 +266,8 @@ def check_part_rows(state: Any, rows: PartRows | None) -> None:
             f"in_parts: the state has squares of single samples over {there} of the parameters (tensor parallelism), "
             f"and this rank holds {here}; go on with the same plan, or save at a window's end, behind global_window()"
         )
-    shapes = {len(each) for each in state.get("squares", [])}
+    blocks = zip(state.get("block", []), state.get("squares", []), strict=True)
+    shapes = {len(squares) for block, squares in blocks if block != BEFORE}
     if rows is not None and not shapes <= {rows._places}:
         raise ValueError(f"in_parts: expected squares at {rows._places} places, got {sorted(shapes)}")
 

@@ -192,6 +192,8 @@ class PerSamplePart(RankPart):
         if self.parts is not None and (number := int(together.largest[-1][0])):
             why = UNLIKE.format(self._all_layers[number - 1])
             result.details["norms_off"] = result.details["noise_scale_off"] = why
+            for rows in self.rows:  # on each of the ranks, whichever has noticed it
+                rows.unlike = rows.unlike or self._all_layers[number - 1]
             return result
         distributions = distributions_of(together.largest[0], sums[:2])
         total = self.total

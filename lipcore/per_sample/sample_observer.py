@@ -68,8 +68,7 @@ class SampleObserver(StandaloneMetric):
         self._last: PassNumbers | None = None
         self._joint = False  # another forward pass had the same backward pass
         self._next = NamedSamples()
-        self._on_call = False  # once it is in a Monitor, it rests until wake()
-        self._resting = False  # nothing is recorded until then
+        self._on_call = self._resting = False  # rests until wake(), once it is in a Monitor; nothing is recorded
         self._layer_index = LayerIndex({})
         self._window = SampleWindow(columns, make_scores)
         self._without_loss: Counter[str] = Counter()  # passes whose factor is not known, by reason
@@ -147,7 +146,8 @@ class SampleObserver(StandaloneMetric):
         anew where the layers are others than before."""
         self._window.open_step.drop()
         self._next.take()
-        if self._capture is not None:
+        if self._capture is not None and self._holding is not None:
+            self._holding.settle()
             self._capture.rebind()
             self.tapped(self._capture)
             if self._resting:
@@ -195,8 +195,9 @@ class SampleObserver(StandaloneMetric):
             ValueError: a parameter that no rule covers is there now.
         """
         self._resting = False
-        if self._capture is not None and not self.off:
+        if self._capture is not None and self._holding is not None and not self.off:
             self._window.open_step.drop()
+            self._holding.settle()
             self._capture.wake()
             self._capture.active = self._window.steps % self._every == 0
             self.tapped(self._capture)
@@ -276,10 +277,9 @@ class SampleObserver(StandaloneMetric):
             self._reduction.look_at(loss)
 
     def observe_batch(self, ids: Tensor, losses: Tensor | None) -> None:
-        if self._resting:
-            return
-        self._name_samples(ids)
-        if losses is not None:
+        if not self._resting:
+            self._name_samples(ids)
+        if losses is not None and not self._resting:
             self._next.set_losses(losses)
 
     def listen(self, listener: StepListener) -> None:

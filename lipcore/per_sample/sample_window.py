@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,6 +48,7 @@ class SampleWindow:
         listeners: are told of the samples of every step.
         in_parts: what ranks that hold parts of samples' gradients have not added up; None where this one has whole
             ones. Then the distributions are those of its parts, and the scores those of what was added up.
+        parts: the ranks that hold such parts, also in a copy, which has nothing to add up.
     """
 
     def __init__(self, columns: int, make_scores: Callable[[], Scores]) -> None:
@@ -62,6 +64,7 @@ class SampleWindow:
         self.doubts, self.unproved = Doubts(1), Unproved(1)
         self.listeners: list[StepListener] = []
         self.in_parts: PartRows | None = None
+        self.parts: PartRanks | None = None
 
     def prepare(self, blocks: int) -> None:
         """Consist of so many blocks; listeners of before hear no more."""
@@ -75,10 +78,14 @@ class SampleWindow:
             parts: the ranks that hold parts of samples' gradients; None where this one has whole ones.
             noise: :meth:`estimate_noise` follows. Else there is none, also where there was one in a Monitor before.
         """
+        anew |= self.parts is not None and self.in_parts is None  # a copy lacks what makes its window whole
+        anew |= self.distributions.blocks != self.blocks  # of a Monitor before, with other windows
+        self.parts = parts
         if parts is None:
             self.in_parts = None
         elif anew or self.in_parts is None or self.in_parts.ranks != parts:
-            self.in_parts = PartRows(parts, layers + 1, self.blocks)
+            before, self.in_parts = self.in_parts, PartRows(parts, layers + 1, self.blocks)
+            self.in_parts.go_on_scoring(before)
         if anew or not self.distributions.open:
             self.distributions, self.noise = BlockWindow((layers + 1) * self.columns, self.blocks), None
         self.noise, self.shared = self.noise if noise else None, None
@@ -130,6 +137,12 @@ class SampleWindow:
         """Take into the scores what ranks have added up since."""
         if self.in_parts is not None:
             self.in_parts.score(self._score)
+
+    def read_scores(self) -> None:
+        """Do so for a user who reads them, with a warning where they lack some."""
+        self.score()
+        if self.in_parts is not None and (lost := self.in_parts.tell_lost()):
+            warnings.warn(lost, stacklevel=3)
 
     def _score(self, rows: PassRows) -> None:
         assert rows.ids is not None

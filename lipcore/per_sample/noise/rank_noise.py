@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,6 +188,6 @@ class RankNoise:
 
 def observe(noise: NoiseScale, mean: Tensor, batch: Tensor, samples: int, effective: float) -> None:
     """Add a step of so many samples, whose weights are as far from equal as those of `effective` equal ones."""
-    if abs(effective - round(effective)) <= 1e-9 * effective:
+    if math.isfinite(effective) and abs(effective - round(effective)) <= 1e-9 * effective:  # NaN of no samples
         effective = round(effective)
     noise.observe_weighted(mean, batch, samples, effective)
