@@ -20,7 +20,7 @@ RIGHT = {
 }
 OTHERS = {
     2: (
-        *("proved", "last_pass", "counted", "taken_back", "heads", "sequences", "refused"),
+        *("proved", "last_pass", "counted", "taken_back", "heads", "heads_left_out", "sequences", "refused"),
         *("bias_whole", "bias_cut", "empty_batch"),
     ),
     4: (),
@@ -105,11 +105,13 @@ def test_gradients_that_are_sums_over_ranks_give_no_numbers(runs: dict[int, Foun
     for found in dicts(runs[2]["heads"]):
         assert "ranks that hold layer 'norm' alike got other gradients of the same samples there" in found["said"]
         assert found["numbers"] == 0
-    for found in dicts(runs[2]["sequences"]):
-        assert found["error"] <= 1e-12
-        assert "total" not in found["places"]
-        assert "total_of_measured" in found["places"]
-        assert "module 'norm' (LayerNorm): its input lies on its ranks as S(1), and not whole" in found["not_covered"]
+    for name, placement in (("sequences", "S(1)"), ("heads_left_out", "S(1)")):
+        for found in dicts(runs[2][name]):
+            assert found["error"] <= 1e-12
+            assert "total" not in found["places"]
+            assert "total_of_measured" in found["places"]
+            why = f"module 'norm' (LayerNorm): its input lies on its ranks as {placement}, and not whole"
+            assert why in found["not_covered"]
 
 
 @pytest.mark.parametrize(("name", "left_out"), [("bias_whole", {"a.bias"}), ("bias_cut", {"b.weight", "b.bias"})])

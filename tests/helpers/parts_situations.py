@@ -465,18 +465,21 @@ class Heads(nn.Module):
     """A normalisation of heads that are on several ranks, by a plain parameter that none of them has the gradient
     of."""
 
-    def __init__(self) -> None:
+    def __init__(self, bent: bool = False) -> None:
         super().__init__()
         self.a, self.norm, self.b = nn.Linear(6, 8), nn.LayerNorm(4, bias=False), nn.Linear(8, 1)
+        self._bent = bent
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = self.norm(self.a(x).unflatten(-1, (-1, 4))).flatten(-2)
+        heads = self.a(x).unflatten(-1, (-1, 4))
+        heads = self.norm(torch.tanh(heads) if self._bent else heads).flatten(-2)
         found: Tensor = self.b(torch.tanh(heads))
         return found
 
 
 def heads(rank: int, world: int) -> dict[str, Any]:
-    model = planned(made(Heads), init_device_mesh("cpu", (world,)))
+    """Nothing of the graph shows that the norm's input is a part."""
+    model = planned(made(lambda: Heads(bent=True)), init_device_mesh("cpu", (world,)))
     optimizer, monitor = monitored(model)
     with monitor:
         for x, y in data_of([0])[0][:WINDOW]:
@@ -486,6 +489,29 @@ def heads(rank: int, world: int) -> dict[str, Any]:
             optimizer.step()
         window = monitor.global_window()
     return {"said": window[NAME].details.get("norms_off", ""), "numbers": len(window[NAME].flat())}
+
+
+def heads_left_out(rank: int, world: int) -> dict[str, Any]:
+    """The norm's input is seen to be a view of a projection's part."""
+    twin, data = Truth(made(Heads), layers=("a", "norm", "b")), data_of([0])[0]
+    squares = _per_layer(twin.model, twin._samples([data], 0)[0], twin.layers)
+    model = planned(made(Heads), init_device_mesh("cpu", (world,)))
+    metric = PerSampleGradNorms(loss_reduction="mean", on_unsupported="skip")
+    optimizer, monitor = monitored(model, metrics=[metric], window_steps=1)
+    with monitor:
+        mean_loss(model(data[0][0]), data[0][1]).backward()
+        torch.distributed.all_reduce(model.norm.weight.grad)  # as a loop would that is right
+        metric.sync_norms()
+        optimizer.step()
+        window = monitor.global_window()
+    assert window is not None
+    norms = metric.per_layer
+    worst = max(float((norms[layer] - squares[:, place].sqrt()).abs().max()) for place, layer in ((0, "a"), (2, "b")))
+    return {
+        "error": worst,
+        "places": sorted(window[NAME].norm),
+        "not_covered": str(window[NAME].details["not_covered"]),
+    }
 
 
 def sequences(rank: int, world: int) -> dict[str, Any]:
@@ -545,7 +571,7 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
     """Name, ranks and work of each that needs so many."""
     two = (tensor_parallel, vocabulary, tied, logits_in_parts, checkpointed, every_second_step, late_call,
            loaded_within, own_types, own_types_fsdp2, bias_whole, bias_cut, empty_batch, proved, last_pass, counted,
-           taken_back, other_samples, heads, sequences, refused)  # fmt: skip
+           taken_back, other_samples, heads, heads_left_out, sequences, refused)  # fmt: skip
     for work in two if ranks == 2 else (with_fsdp2, with_fsdp2_unequal, with_ddp, four_parts, part_of_the_group):
         yield work.__name__, ranks, quiet(work)
 

@@ -47,6 +47,12 @@ _COMPILED = (
     "inside the compiled graph; run the model in eager mode where samples' gradients are to be measured"
 )
 _WHOLE = Cut()
+#: Nodes behind which a tensor is another view of the same values, or a copy.
+_VIEWS = frozenset(
+    {f"{name}Backward0" for name in ("View", "UnsafeView", "Transpose", "Permute", "Clone", "ToCopy", "Unsqueeze")}
+    | {f"{name}Backward0" for name in ("Slice", "Split", "Unbind", "Select", "Unflatten", "Alias")}
+    | {"TappedBackward", "PassedOnBackward"}
+)
 
 
 class Misplaced(ValueError):
@@ -96,8 +102,21 @@ def check_inputs(arguments: Sequence[Any], keywords: Mapping[str, Any], cut: Cut
     expected = cut and cut.input
     for value in (*arguments, *keywords.values()):
         if isinstance(value, Tensor):
-            _check("its input", value, expected, known=cut is not None)
+            placed = value if cut is None or hasattr(value, "placements") else _placed_before(value)
+            if placed is not None:
+                _check("its input", placed, expected, known=cut is not None)
             expected = None  # the others are whole
+
+
+def _placed_before(tensor: Tensor) -> Any:
+    """Return how the DTensor lies of whose values on this rank a tensor is another view (a projection's heads); None
+    where nothing shows one."""
+    node: Any = tensor.grad_fn
+    while node is not None:
+        if hasattr(node, "dtensor_spec"):  # to_local()
+            return node.dtensor_spec
+        node = node.next_functions[0][0] if node.name() in _VIEWS else None
+    return None
 
 
 def here(grad: Tensor, cut: Cut | None) -> Tensor:
