@@ -97,8 +97,8 @@ def leave_out_uncut(coverage: ParameterCoverage, parts: PartRanks) -> None:
 
 
 def check_inputs(arguments: Sequence[Any], keywords: Mapping[str, Any], cut: Cut | None) -> None:
-    """Raise Misplaced where the tensors that a layer is called with do not lie as its rule says; `cut`: None where no
-    parameter of the model lies in parts."""
+    """Raise Misplaced where the tensors that a layer is called with do not lie as its rule says; ValueError where they
+    lie in parts and `cut` is None: no parameter of the model does."""
     expected = cut and cut.input
     for value in (*arguments, *keywords.values()):
         if isinstance(value, Tensor):
@@ -143,4 +143,6 @@ def _check(what: str, tensor: Any, cut: int | None, *, known: bool) -> None:
         right = placement.is_replicate() if dim is None else placement.is_shard(dim)
         if not right and tensor.device_mesh.size(i) > 1:
             expected = "whole" if dim is None else f"cut along dimension {dim}"
-            raise Misplaced((_LIES if known else _UNKNOWN).format(what, placement, expected))
+            if not known:
+                raise ValueError(_UNKNOWN.format(what, placement))
+            raise Misplaced(_LIES.format(what, placement, expected))
