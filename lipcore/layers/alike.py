@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from lipcore.layers.factor_sums import RowSum
 from lipcore.layers.linear import LinearRule
 from lipcore.layers.norm import FeatureNormRule
 from lipcore.layers.registry import type_with_rule
-from lipcore.layers.rule import Batch, Rule
+from lipcore.layers.rule import Batch, Cut, Rule
 
 _TOLERANCE = 2e-5
 _EPS = (1e-5, 1e-6, 1e-8, 0.0, torch.finfo(torch.float32).eps)  # where no attribute holds another
@@ -182,6 +182,8 @@ class LinearAlike(LinearRule):
 
 class TransposedLinear(LinearAlike):
     """The rule of y = x W + b, the weight being [I, O]."""
+
+    cuts: ClassVar = {"weight": {0: Cut(input=-1), 1: Cut(output=-1)}, "bias": {0: Cut(output=-1)}}
 
     def factors(self, module: nn.Module, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
         batch: Batch = extra

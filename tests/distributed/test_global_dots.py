@@ -14,7 +14,6 @@ pytestmark = pytest.mark.ci
 RIGHT = ("ddp", "fsdp2", "pipeline")
 #: Why windows of all ranks have no such numbers.
 LEFT_OUT = {
-    "tensor_parallel": r"module 'a' \(Linear\): a DTensor \(tensor parallel\) has no per-sample gradients on one rank",
     "other_references": r"reference: rank 1 has multiplied its samples with other references than rank 0",
     "set_elsewhere": r"reference: rank 1 .* other references than rank 0, or has set them at another step",
 }

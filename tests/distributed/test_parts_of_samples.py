@@ -14,11 +14,17 @@ pytestmark = pytest.mark.ci
 RIGHT = {
     2: (
         *("tensor_parallel", "vocabulary", "tied", "logits_in_parts", "checkpointed", "every_second_step"),
-        *("late_call", "loaded_within"),
+        *("late_call", "loaded_within", "own_types", "own_types_fsdp2"),
     ),
     4: ("with_fsdp2", "with_fsdp2_unequal", "four_parts"),
 }
-OTHERS = {2: ("proved", "last_pass", "counted", "taken_back", "heads", "sequences", "refused"), 4: ()}
+OTHERS = {
+    2: (
+        *("proved", "last_pass", "counted", "taken_back", "heads", "heads_left_out", "sequences", "refused"),
+        *("bias_whole", "bias_cut", "empty_batch"),
+    ),
+    4: (),
+}
 #: Why the metric is left out of windows, or what is raised, on all ranks.
 REFUSED = {
     2: {
@@ -99,11 +105,31 @@ def test_gradients_that_are_sums_over_ranks_give_no_numbers(runs: dict[int, Foun
     for found in dicts(runs[2]["heads"]):
         assert "ranks that hold layer 'norm' alike got other gradients of the same samples there" in found["said"]
         assert found["numbers"] == 0
-    for found in dicts(runs[2]["sequences"]):
+    for name, placement in (("sequences", "S(1)"), ("heads_left_out", "S(1)")):
+        for found in dicts(runs[2][name]):
+            assert found["error"] <= 1e-12
+            assert "total" not in found["places"]
+            assert "total_of_measured" in found["places"]
+            why = f"module 'norm' (LayerNorm): its input lies on its ranks as {placement}, and not whole"
+            assert why in found["not_covered"]
+
+
+@pytest.mark.parametrize(("name", "left_out"), [("bias_whole", {"a.bias"}), ("bias_cut", {"b.weight", "b.bias"})])
+def test_what_does_not_lie_as_its_layer_needs_it_can_be_left_out(
+    runs: dict[int, Found], name: str, left_out: set[str]
+) -> None:
+    everything = {f"{layer}.{key}" for layer in "abc" for key in ("weight", "bias")}
+    for found in dicts(runs[2][name]):
+        assert found["total"]
+        assert set(found["measured"]) == everything - left_out
         assert found["error"] <= 1e-12
-        assert "total" not in found["places"]
-        assert "total_of_measured" in found["places"]
-        assert "module 'norm' (LayerNorm): its input lies on its ranks as S(1), and not whole" in found["not_covered"]
+
+
+def test_a_step_without_samples_is_no_step_of_the_noise_scale(runs: dict[int, Found]) -> None:
+    for found in dicts(runs[2]["empty_batch"]):
+        assert not found["off"]
+        assert found["numbers"] > 0
+        assert not found["details"]["noise_scale_skipped"]
 
 
 @pytest.mark.parametrize("argument", ["normalized", "keep_factors", "methods", "reference"])

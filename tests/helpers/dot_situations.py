@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from pipeline import STAGES, run_stage, stage_of
-from rank_situations import STEPS, WINDOW, Columns, Data, data_of, fsdp, made, planned
-from sample_situations import DDP, LAYERS, Truth, compared_numbers, mean_loss, quiet, stopped
+from rank_situations import STEPS, WINDOW, Data, data_of, fsdp, made
+from sample_situations import DDP, LAYERS, Truth, compared_numbers, mean_loss, quiet
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from lipcore import Monitor, PerSampleGradDots, Trajectory
 
@@ -101,12 +100,6 @@ def fsdp2(rank: int, world: int) -> dict[str, Any]:
     return compared_numbers(merged(fsdp(made()), data_of(range(world))[rank]), expected)
 
 
-def tensor_parallel(rank: int, world: int) -> dict[str, Any]:
-    model = planned(made(Columns), init_device_mesh("cpu", (world,)))
-    optimizer, _, monitor = dots_of(model, references(model, 0))
-    return stopped(monitor, model, optimizer, data_of([0])[0], NAME)
-
-
 def other_references(rank: int, world: int) -> dict[str, Any]:
     """Each rank has the gradient of its own part of the validation samples."""
     model = DDP(made())
@@ -180,5 +173,5 @@ def pipeline(rank: int, world: int) -> dict[str, Any]:
 
 def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, ranks and work of each."""
-    for work in (ddp, fsdp2, tensor_parallel, other_references, set_elsewhere, set_alike_later, pipeline):
+    for work in (ddp, fsdp2, other_references, set_elsewhere, set_alike_later, pipeline):
         yield work.__name__, ranks, quiet(work)

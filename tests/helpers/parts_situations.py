@@ -10,7 +10,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rank_situations import STEPS, WINDOW, Columns, Data, data_of, fsdp, made, planned
-from sample_situations import DDP, NAME, Truth, _per_layer, collectives, compared, mean_loss, merged, monitored, quiet
+from sample_situations import (
+    DDP,
+    NAME,
+    Truth,
+    _per_layer,
+    collectives,
+    compared,
+    mean_loss,
+    merged,
+    monitored,
+    quiet,
+    sum_loss,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
@@ -303,6 +315,124 @@ def with_ddp(rank: int, world: int) -> dict[str, Any]:
     return said_of(model, data_of(range(2))[mesh["dp"].get_local_rank()])
 
 
+class Scaled(nn.Module):
+    """A norm of the user's own type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(6) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+class Turned(nn.Module):
+    """A layer whose weight is [I, O], as GPT-2 has them."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class OwnTypes(nn.Module):
+    """Modules of types without a rule, which compute what rules know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = Scaled(), Turned(6, 8), Turned(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.tanh(self.b(self.a(x))))  # type: ignore[no-any-return]
+
+
+def placed(model: nn.Module, mesh: Any, **dims: int | None) -> Any:
+    """Make DTensors of parameters, cut along a dimension or whole: `b_weight=1`."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    for name, dim in dims.items():
+        owner, key = model.get_submodule(name.rpartition("_")[0]), name.rpartition("_")[2]
+        placement = Replicate() if dim is None else Shard(dim)
+        setattr(owner, key, nn.Parameter(distribute_tensor(getattr(owner, key).detach(), mesh, [placement])))
+    return model
+
+
+def called_whole(module: nn.Module, mesh: Any, *, first: bool = False, last: bool = False) -> None:
+    """Make DTensors of what a module is called with (`first`), and plain tensors of what it returns (`last`)."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if first:
+        module.register_forward_pre_hook(
+            lambda _, arguments: (DTensor.from_local(arguments[0], mesh, [Replicate()], run_check=False),)
+        )
+    if last:
+        module.register_forward_hook(lambda *call: call[2].redistribute(placements=[Replicate()]).to_local())
+
+
+def own_types(rank: int, world: int) -> dict[str, Any]:
+    expected = Truth(made(OwnTypes)).windows(data_of([0]))
+    mesh = init_device_mesh("cpu", (world,))
+    model = placed(made(OwnTypes), mesh, b_weight=1, b_bias=0, c_weight=0, c_bias=None)
+    called_whole(model.b, mesh, first=True)
+    called_whole(model.c, mesh, last=True)
+    return compared(merged(model, data_of([0])[0]), expected)
+
+
+def own_types_fsdp2(rank: int, world: int) -> dict[str, Any]:
+    from torch.distributed.fsdp import fully_shard
+
+    expected = Truth(made(OwnTypes)).windows(data_of(range(world)))
+    model = fully_shard(made(OwnTypes), mesh=init_device_mesh("cpu", (world,)))
+    return compared(merged(model, data_of(range(world))[rank]), expected)
+
+
+def misplaced(rank: int, world: int, **dims: int | None) -> dict[str, Any]:
+    """A model of DTensors alone, of which one layer's gradients do not come of what a rank has."""
+    twin, mesh = Truth(made(Columns)), init_device_mesh("cpu", (world,))
+    data = data_of([0])[0]
+    squares = _per_layer(twin.model, twin._samples([data], 0)[0], twin.layers)
+    model = placed(made(Columns), mesh, **dims)
+    called_whole(model, mesh, first=True, last=True)
+    metric = PerSampleGradNorms(loss_reduction="mean", on_unsupported="skip")
+    optimizer, monitor = monitored(model, metrics=[metric], window_steps=1)
+    optimizer.param_groups[0]["lr"] = 0.0
+    worst = 0.0
+    with monitor:
+        for _ in range(2):  # the first one may show it
+            optimizer.zero_grad()
+            mean_loss(model(data[0][0]), data[0][1]).backward()
+            found = metric.sync_norms()
+            optimizer.step()
+            window = monitor.global_window()
+            assert window is not None
+            assert not window.off, window.off
+        for name, norms in metric.per_parameter.items():
+            layer = "abc".index(name[0])
+            if name.endswith("weight") and f"{name[0]}.bias" in metric.per_parameter:
+                both = norms.square() + metric.per_parameter[f"{name[0]}.bias"].square()
+                worst = max(worst, float((both - squares[:, layer]).abs().max()))
+    measured = sorted(metric.per_parameter)
+    return {"error": worst, "total": bool(found.isfinite().all()), "measured": measured}
+
+
+def bias_whole(rank: int, world: int) -> dict[str, Any]:
+    return misplaced(rank, world, a_weight=0, a_bias=None, b_weight=1, b_bias=None, c_weight=None, c_bias=None)
+
+
+def bias_cut(rank: int, world: int) -> dict[str, Any]:
+    return misplaced(rank, world, a_weight=0, a_bias=0, b_weight=1, b_bias=0, c_weight=None, c_bias=None)
+
+
+def empty_batch(rank: int, world: int) -> dict[str, Any]:
+    """A step without samples, in which the gradient is 0."""
+    model = planned(made(Columns), init_device_mesh("cpu", (world,)))
+    data = [(x[: len(x) * (step != 1)], y[: len(y) * (step != 1)]) for step, (x, y) in enumerate(data_of([0])[0])]
+    window = merged(model, data, lambda output, y: sum_loss(output, y) / max(len(y), 1))[0]
+    return {"off": dict(window.off), "details": dict(window[NAME].details), "numbers": len(window[NAME].flat())}
+
+
 def four_parts(rank: int, world: int) -> dict[str, Any]:
     return tensor_parallel(rank, world)
 
@@ -335,18 +465,21 @@ class Heads(nn.Module):
     """A normalisation of heads that are on several ranks, by a plain parameter that none of them has the gradient
     of."""
 
-    def __init__(self) -> None:
+    def __init__(self, bent: bool = False) -> None:
         super().__init__()
         self.a, self.norm, self.b = nn.Linear(6, 8), nn.LayerNorm(4, bias=False), nn.Linear(8, 1)
+        self._bent = bent
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = self.norm(self.a(x).unflatten(-1, (-1, 4))).flatten(-2)
+        heads = self.a(x).unflatten(-1, (-1, 4))
+        heads = self.norm(torch.tanh(heads) if self._bent else heads).flatten(-2)
         found: Tensor = self.b(torch.tanh(heads))
         return found
 
 
 def heads(rank: int, world: int) -> dict[str, Any]:
-    model = planned(made(Heads), init_device_mesh("cpu", (world,)))
+    """Nothing of the graph shows that the norm's input is a part."""
+    model = planned(made(lambda: Heads(bent=True)), init_device_mesh("cpu", (world,)))
     optimizer, monitor = monitored(model)
     with monitor:
         for x, y in data_of([0])[0][:WINDOW]:
@@ -356,6 +489,29 @@ def heads(rank: int, world: int) -> dict[str, Any]:
             optimizer.step()
         window = monitor.global_window()
     return {"said": window[NAME].details.get("norms_off", ""), "numbers": len(window[NAME].flat())}
+
+
+def heads_left_out(rank: int, world: int) -> dict[str, Any]:
+    """The norm's input is seen to be a view of a projection's part."""
+    twin, data = Truth(made(Heads), layers=("a", "norm", "b")), data_of([0])[0]
+    squares = _per_layer(twin.model, twin._samples([data], 0)[0], twin.layers)
+    model = planned(made(Heads), init_device_mesh("cpu", (world,)))
+    metric = PerSampleGradNorms(loss_reduction="mean", on_unsupported="skip")
+    optimizer, monitor = monitored(model, metrics=[metric], window_steps=1)
+    with monitor:
+        mean_loss(model(data[0][0]), data[0][1]).backward()
+        torch.distributed.all_reduce(model.norm.weight.grad)  # as a loop would that is right
+        metric.sync_norms()
+        optimizer.step()
+        window = monitor.global_window()
+    assert window is not None
+    norms = metric.per_layer
+    worst = max(float((norms[layer] - squares[:, place].sqrt()).abs().max()) for place, layer in ((0, "a"), (2, "b")))
+    return {
+        "error": worst,
+        "places": sorted(window[NAME].norm),
+        "not_covered": str(window[NAME].details["not_covered"]),
+    }
 
 
 def sequences(rank: int, world: int) -> dict[str, Any]:
@@ -414,7 +570,8 @@ def part_of_the_group(rank: int, world: int) -> dict[str, Any]:
 def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, ranks and work of each that needs so many."""
     two = (tensor_parallel, vocabulary, tied, logits_in_parts, checkpointed, every_second_step, late_call,
-           loaded_within, proved, last_pass, counted, taken_back, other_samples, heads, sequences, refused)  # fmt: skip
+           loaded_within, own_types, own_types_fsdp2, bias_whole, bias_cut, empty_batch, proved, last_pass, counted,
+           taken_back, other_samples, heads, heads_left_out, sequences, refused)  # fmt: skip
     for work in two if ranks == 2 else (with_fsdp2, with_fsdp2_unequal, with_ddp, four_parts, part_of_the_group):
         yield work.__name__, ranks, quiet(work)
 

@@ -21,9 +21,13 @@ def train(steps: int, state: Any = None) -> lipcore.Monitor:
     if state is not None:
         monitor.load_state_dict(state)
     for _ in range(steps):
-        model(torch.randn(5, 3)).square().mean().backward()
-        monitor.step()
+        step(monitor)
     return monitor
+
+
+def step(monitor: Any) -> None:
+    monitor.model(torch.randn(5, 3)).square().mean().backward()
+    monitor.step()
 
 
 def of_rank(state: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
@@ -42,9 +46,15 @@ def test_samples_of_another_rank_are_left_out() -> None:
     state = of_rank(train(2).state_dict(), 1, 3)
     with pytest.warns(RuntimeWarning, match="per_sample_grad_norm: rank 0 of 1 goes on from the state of rank 1 of 3"):
         monitor = train(1, state)
-    result = monitor.compute()
-    assert result["trajectory"].path_length["total"].sum.count == 3
-    assert result["per_sample_grad_norm"].norm["total"].mean.count == 5
+    open_one = monitor.compute()
+    step(monitor)
+    for result, steps in ((open_one, 3), (monitor.pop_window(), 4)):
+        assert result is not None
+        assert result["trajectory"].path_length["total"].sum.count == steps
+        assert "per_sample_grad_norm" not in result
+        assert "goes on from the state of rank 1 of 3" in result.off["per_sample_grad_norm"]
+    step(monitor)
+    assert monitor.compute()["per_sample_grad_norm"].norm["total"].mean.count == 5
 
 
 def test_samples_of_all_ranks_are_there(recwarn: pytest.WarningsRecorder) -> None:

@@ -25,7 +25,7 @@ from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.other_outputs import watch, watch_probed, why_not
 from lipcore.capture.layers.packed import batch_of_call
 from lipcore.capture.layers.passes import Passes
-from lipcore.capture.layers.placed_call import check_inputs, cut_of, here
+from lipcore.capture.layers.placed_call import Misplaced, check_inputs, cut_of, here
 from lipcore.capture.layers.site_functions import InertHook, Probed, Refused, Strayed, Tapped
 from lipcore.capture.own_nodes import counted
 from lipcore.capture.proof import is_proof
@@ -230,9 +230,8 @@ class LayerSite:
             return
         error = _named(ValueError(why_not(self.rule)), self)
         if self._may_leave:  # from the next pass on
-            self._passes.leave_to_graph(self.names.values(), str(error))
             self.leave_to_graph()
-            run.spoiled = f"{error}; the next passes are measured from the autograd graph"
+            run.spoiled = self._passes.leave(self.names.values(), error, graph=True)
         else:
             self._passes.fail(error)
 
@@ -253,10 +252,10 @@ class LayerSite:
                 if self._normalized:
                     run.add_row(DELTA + self.name, self.squares_of(grad, run.batch))
         except Exception as error:
-            if isinstance(error, ValueError) and isinstance(self.rule, OwnGraph):
-                passes.leave_to_graph(self.names.values(), str(error))
+            graph = isinstance(error, ValueError) and isinstance(self.rule, OwnGraph)
+            if graph or (isinstance(error, Misplaced) and (self._may_leave or passes.skips)):
                 self.leave_to_graph()
-                run.spoiled = f"{_named(error, self)}; the next passes are measured from the autograd graph"
+                run.spoiled = passes.leave(self.names.values(), _named(error, self), graph=graph or self._may_leave)
                 return
             passes.fail(_named(error, self))
 

@@ -144,6 +144,19 @@ class Passes:
         if not self.coverage.covered:
             self.coverage.check()
 
+    def leave(self, names: Iterable[str], why: Exception, *, graph: bool) -> str:
+        """Measure the parameters otherwise in the next passes, or not at all, and return what is to be said of the one
+        whose backward pass has shown that they have to be: `graph` where the autograd graph serves. Nothing is raised.
+        """
+        if graph:
+            self.leave_to_graph(names, str(why))
+            return f"{why}; the next passes are measured from the autograd graph"
+        try:
+            self.leave_out(names, str(why))
+        except ValueError as nothing:
+            self.fail(nothing)
+        return f"{why}; the next passes are measured without its parameters"
+
     def begin_step(self, *, active: bool) -> None:
         """Note that the optimizer has made a step, and whether the next one is to be recorded."""
         self.active, self._first_of_step = active, True

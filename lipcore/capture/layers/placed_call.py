@@ -33,6 +33,10 @@ _NO_CUT = (
     "lies in parts on several ranks (tensor parallelism, cut along dimension {0}), and a {1} has no gradient of its "
     "part that would add up; " + SKIP
 )
+_WHOLE_BESIDE_CUT = (
+    "is whole on ranks that have the gradient at its {0}'s output in parts, since another parameter there is cut "
+    "(tensor parallelism), so that its gradient is gathered from them; cut it as the other one is, or " + SKIP
+)
 _NO_RULE = "is a DTensor (tensor parallelism), and no layer's rule measures it; " + SKIP
 _NOT_OF_PARTS = (
     "{0}: the model's parameters lie in parts on several ranks (tensor parallelism), which add up squared norms of "
@@ -43,6 +47,16 @@ _COMPILED = (
     "inside the compiled graph; run the model in eager mode where samples' gradients are to be measured"
 )
 _WHOLE = Cut()
+#: Nodes behind which a tensor is another view of the same values, or a copy.
+_VIEWS = frozenset(
+    {f"{name}Backward0" for name in ("View", "UnsafeView", "Transpose", "Permute", "Clone", "ToCopy", "Unsqueeze")}
+    | {f"{name}Backward0" for name in ("Slice", "Split", "Unbind", "Select", "Unflatten", "Alias")}
+    | {"TappedBackward", "PassedOnBackward"}
+)
+
+
+class Misplaced(ValueError):
+    """A call's tensors do not lie on the ranks as its parameters' gradients need it."""
 
 
 def cut_of(rule: Rule, names: Mapping[str, str], parts: PartRanks) -> Cut:
@@ -69,10 +83,13 @@ def refuse_options(options: LayerOptions, *, compiled: bool) -> None:
 def leave_out_uncut(coverage: ParameterCoverage, parts: PartRanks) -> None:
     """Uncover the parameters in parts that no rule measures as such."""
     for _, module, rule, names in coverage.tapped:
+        cut = cut_of(rule, names, parts)
         for key, name in names.items():
-            dim = parts.cuts.get(name)
-            if dim is not None and dim not in rule.cuts.get(key, {}):
-                coverage.uncover(name, _NO_CUT.format(dim, type(module).__name__))
+            dim, kind = parts.cuts.get(name), type(module).__name__
+            if dim is not None and rule.cuts.get(key, {}).get(dim) != cut:
+                coverage.uncover(name, _NO_CUT.format(dim, kind))
+            elif dim is None and cut.output is not None:
+                coverage.uncover(name, _WHOLE_BESIDE_CUT.format(kind))
     by_graph = coverage.by_graph
     for name, tensor in coverage.parameters():
         if hasattr(tensor, "placements") and name in by_graph and name in parts.on_mesh:
@@ -80,20 +97,44 @@ def leave_out_uncut(coverage: ParameterCoverage, parts: PartRanks) -> None:
 
 
 def check_inputs(arguments: Sequence[Any], keywords: Mapping[str, Any], cut: Cut | None) -> None:
-    """Raise ValueError where the tensors that a layer is called with do not lie as its rule says; `cut`: None where no
+    """Raise Misplaced where the tensors that a layer is called with do not lie as its rule says; `cut`: None where no
     parameter of the model lies in parts."""
     expected = cut and cut.input
     for value in (*arguments, *keywords.values()):
         if isinstance(value, Tensor):
-            _check("its input", value, expected, known=cut is not None)
+            placed = value if cut is None or hasattr(value, "placements") else _placed_before(value)
+            if placed is not None:
+                _check("its input", placed, expected, known=cut is not None)
             expected = None  # the others are whole
 
 
+def _placed_before(tensor: Tensor) -> Any:
+    """Return how the DTensor lies of whose values on this rank a tensor is another view (a projection's heads); None
+    where nothing shows one."""
+    node: Any = tensor.grad_fn
+    while node is not None:
+        if hasattr(node, "dtensor_spec"):  # to_local()
+            return node.dtensor_spec
+        node = node.next_functions[0][0] if node.name() in _VIEWS else None
+    return None
+
+
 def here(grad: Tensor, cut: Cut | None) -> Tensor:
-    """Return this rank's values of the gradient at a layer's output; ValueError where they are not what its parameters'
-    gradient comes of."""
+    """Return this rank's values of the gradient at a layer's output; Misplaced where they are not what its parameters'
+    gradient comes of. No collective."""
+    if cut is not None and cut.output is not None and hasattr(grad, "placements"):
+        grad = _cut_along(grad, cut.output)
     _check("the gradient at its output", grad, cut and cut.output, known=cut is not None)
     return local_of(grad)
+
+
+def _cut_along(grad: Any, cut: int) -> Any:
+    """Return a whole DTensor cut along a dimension; any other one as it is."""
+    if not all(placement.is_replicate() for placement in grad.placements) or grad.device_mesh.ndim != 1:
+        return grad
+    from torch.distributed.tensor import Shard
+
+    return grad.redistribute(placements=[Shard(grad.dim() + cut)])
 
 
 def _check(what: str, tensor: Any, cut: int | None, *, known: bool) -> None:
@@ -102,4 +143,4 @@ def _check(what: str, tensor: Any, cut: int | None, *, known: bool) -> None:
         right = placement.is_replicate() if dim is None else placement.is_shard(dim)
         if not right and tensor.device_mesh.size(i) > 1:
             expected = "whole" if dim is None else f"cut along dimension {dim}"
-            raise ValueError((_LIES if known else _UNKNOWN).format(what, placement, expected))
+            raise Misplaced((_LIES if known else _UNKNOWN).format(what, placement, expected))

@@ -38,6 +38,7 @@ from lipcore.capture.training_pass import Untraced, is_given_pass, is_training_f
 from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.factor_estimate import Signs
 from lipcore.models.containers import leaves_of
+from lipcore.models.gathered import is_spread
 from lipcore.models.tensor_parallel import part_ranks
 
 
@@ -78,7 +79,8 @@ class TappedModel:
         self._hooks: ModelHooks | None = None
         self.kept: KeptFactors | None = None
         by_graph = not compiled and options.max_replay_bytes > 0
-        self.coverage: ParameterCoverage = cover(model, alike=not by_graph)
+        # The graph is not read of a model whose parts are on several ranks: none of them runs it again alone.
+        self.coverage: ParameterCoverage = cover(model, alike=not by_graph or is_spread(model))
         self.coverage.graph_is_off = not compiled and options.max_replay_bytes == 0
         if by_graph:
             self.coverage.leave_rest_to_graph()
