@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def other_ids_once(rank: int, world: int) -> dict[str, Any]:
 
 
 def squares_that_do_not_add_up(rank: int, world: int) -> dict[str, Any]:
-    model, metric = tensor_parallel(world, Heads), PerSampleGradNorms(loss_reduction="mean")
+    model, metric = tensor_parallel(world, partial(Heads, bent=True)), PerSampleGradNorms(loss_reduction="mean")
     optimizer, monitor = monitored(model, metrics=[metric])
     with monitor:
         steps(model, optimizer, range(WINDOW), metric)

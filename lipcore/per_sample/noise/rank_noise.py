@@ -166,7 +166,7 @@ class RankNoise:
             noise = self.so_far.scale = self.window.copy()
         effective = (weight.square() / weight_sq)[:, 0].tolist()
         for t, (code, row) in enumerate(zip(codes.long().tolist(), totals.tolist(), strict=True)):
-            if row[_NOTHING] == ranks or not row[_SAMPLES]:  # nothing at all, or an empty batch
+            if row[_NOTHING] == ranks or not (code or row[_SAMPLES]):  # nothing at all, or an empty batch
                 continue
             why = self.reasons[code - 1] if code else ON_ONE_RANK if row[_NOTHING] else ""
             whole, shared = float(gradients[t, -1]), row[_ALL]
