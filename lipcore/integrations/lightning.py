@@ -15,6 +15,7 @@ except ImportError as error:
 from torch import Tensor, nn
 
 from lipcore.metric.protocol import Metric
+from lipcore.models.gathered import fully_sharded
 from lipcore.models.names import find_module
 from lipcore.models.ranks import is_sharded, world_size
 from lipcore.monitor.monitor import Monitor
@@ -102,7 +103,8 @@ class LightningCallback(Callback):  # type: ignore[misc]
         """Return lipcore's state, which Lightning puts into its checkpoint."""
         if self.monitor is None:
             return {}
-        if world_size() > 1 and is_sharded(self.monitor.model):
+        model = self.monitor.model
+        if world_size() > 1 and (is_sharded(model) or fully_sharded(model)):
             warnings.warn(_RANK_0_ALONE, RuntimeWarning, stacklevel=2)
             return {}
         return {"monitor": self.monitor.state_dict()}

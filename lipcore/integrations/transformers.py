@@ -160,7 +160,8 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def _save(self) -> None:
         folder = self._checkpoint(self._step)
-        if self.monitor is None or self.monitor._closed or self._saved == self._step or not folder.is_dir():
+        written = self._saved == self._step and (folder / self._name).exists()
+        if self.monitor is None or self.monitor._closed or written or not folder.is_dir():
             return  # a file that is there may be of another training, whose checkpoint the Trainer writes over
         half = folder / (self._name + "-half")
         torch.save(self.monitor.state_dict(), half)

@@ -15,7 +15,7 @@ from lipcore.metric.ordinary import ordinary
 from lipcore.metric.protocol import Metric
 from lipcore.metric.rank_states import SavedRanks, saved
 from lipcore.metric.state import checked_lacking, checked_starts, checked_steps
-from lipcore.models.gathered import check_in_parts
+from lipcore.models.gathered import between_steps
 
 Self = TypeVar("Self", bound="Engine")
 
@@ -60,13 +60,7 @@ class Engine(EngineHooks):
     def rebind(self) -> None:
         """Look at the model anew, after parameters were added, removed, resized, frozen or unfrozen, or changed
         their dtype or device. The open window is closed; statistics of parameters that stayed the same go on, those
-        of others start now.
-
-        Raises:
-            ValueError: fully_shard() has gathered parameters, as between the forward and the backward pass; nothing has
-                changed.
-        """
-        check_in_parts(self.model)
+        of others start now."""
         self._step_end.take_waiting()
         self._failures.drop_own()
         if self._windows.block_steps:
@@ -74,12 +68,13 @@ class Engine(EngineHooks):
                 warnings.simplefilter("ignore", UserWarning)
                 self._close()
         self._failures.start_again()
-        for metric in self.metrics.values():
-            metric.rebind()
-        self._find_step_calls()
-        if not self._closed:
-            self._unwatch()  # there may be other parameters, and the metrics may want other things
-            self._watch()
+        with between_steps(self.model):
+            for metric in self.metrics.values():
+                metric.rebind()
+            self._find_step_calls()
+            if not self._closed:
+                self._unwatch()  # there may be other parameters, and the metrics may want other things
+                self._watch()
 
     # ---- state and end
 

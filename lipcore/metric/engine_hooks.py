@@ -24,7 +24,7 @@ from lipcore.metric.protocol import Metric, Needs
 from lipcore.metric.results import HISTORY_BYTES
 from lipcore.metric.windows import Windows
 from lipcore.models.checks import check_kind
-from lipcore.models.gathered import check_in_parts
+from lipcore.models.gathered import between_steps
 from lipcore.models.names import called_inside
 
 
@@ -63,8 +63,13 @@ class EngineHooks(EngineSteps):
         self._steps_here, self._all_counted = 0, True
         self._closed, self._needs_steps, self._asked_for_scaler = False, needs_steps, False
         check_kind(model)
-        check_in_parts(model)
-        self._optimizers = checked_optimizers(optimizer)
+        with between_steps(model):
+            self._bind(checked_optimizers(optimizer), scaler, prefix, window_blocks)
+
+    def _bind(self, optimizers: list[Optimizer], scaler: Any, prefix: str, window_blocks: int) -> None:
+        """Bind the metrics to the model, and put the hooks on it."""
+        model, chosen = self.model, list(self.metrics.values())
+        self._optimizers = optimizers
         refuse_strangers(self._optimizers, dict(model.named_parameters()))
         self._step_end = self._make_step_end(self._stepped)
         scaler = scaler_inside(self._optimizers) if scaler is None else scaler

@@ -48,16 +48,26 @@ def in_parts(model: nn.Module, held: Iterable[tuple[str, str, Any]]) -> list[tup
     return [(name, group, parts.get(id(tensor), tensor)) for name, group, tensor in held]
 
 
-def check_in_parts(model: nn.Module) -> None:
-    """Raise a ValueError where parameters are gathered now: what is looked up then is gone at the next step."""
-    parts = _parts(model)
-    for name, parameter in model.named_parameters() if parts else ():
-        if id(parameter) in parts:
-            raise ValueError(
-                f"model: fully_shard() has gathered parameter '{name}', for the pass under way or by unshard(), so "
-                "that it stands here as a whole; make a Monitor, and call rebind(), between two steps, or call "
-                "reshard() of the model before"
-            )
+@contextmanager
+def between_steps(model: Any) -> Iterator[None]:
+    """Have a model's parameters stand in the with block as they do between two steps: within one, behind a forward pass
+    without a backward pass, or behind unshard(), what fully_shard() has gathered stands in the place of the parts.
+    No collective; what is gathered stays so, and stands there again afterwards."""
+    parts = _parts(model) if isinstance(model, nn.Module) else {}
+    places = [
+        (module._parameters, key, parameter)
+        for module in (model.modules() if parts else ())
+        for key, parameter in module._parameters.items()
+        if id(parameter) in parts
+    ]
+    for owner, key, gathered in places:
+        owner[key] = parts[id(gathered)]
+    try:
+        yield
+    finally:
+        for owner, key, gathered in places:
+            if owner.get(key) is parts[id(gathered)]:
+                owner[key] = gathered
 
 
 def _parts(model: nn.Module) -> dict[int, Any]:

@@ -18,6 +18,7 @@ from lipcore.metric.protocol import Metric
 from lipcore.metric.rank_part import FSDP1_PIECES, Holding
 from lipcore.metric.results import MetricResult
 from lipcore.models.arguments import check_count
+from lipcore.models.gathered import between_steps
 from lipcore.models.ranks import is_fsdp1, world_size
 from lipcore.trajectory.building import ALL, Built, Stat, Wanted, build, checked_stats
 from lipcore.trajectory.groups import Groups, by_block
@@ -144,7 +145,8 @@ class Bound(Metric):
             self._optimizers = [given] if isinstance(given, Optimizer) else list(given)
         # An iterator is read once, a rebind() later must find the same pairs.
         self._model = list(model) if isinstance(model, Iterator) else of_modules(model)
-        self._build(find_watched(self._model, self._groups, self._masters, self.prefix))
+        with between_steps(self._model):
+            self._build(find_watched(self._model, self._groups, self._masters, self.prefix))
 
     def _refuse_bound(self) -> None:
         if self._numbers is not None:

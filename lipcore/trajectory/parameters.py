@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lipcore import _core
 from lipcore.models.checks import check_kind
 from lipcore.models.dtensors import local_of
-from lipcore.models.gathered import check_in_parts
 from lipcore.models.names import named_modules
 from lipcore.models.torch_internals import WRAPPER_ATTRIBUTES, shard_of
 from lipcore.trajectory.groups import Groups, group_names
@@ -84,8 +83,6 @@ def find_watched(model: Model, groups: Groups, masters: Masters | None, prefix: 
         TypeError, ValueError: the model, a group or a master copy is not usable; the message names it.
     """
     model = of_modules(model)
-    if isinstance(model, nn.Module):
-        check_in_parts(model)
     name_group = group_names(groups)
     found = trainable(model) if isinstance(model, nn.Module) else _of_pairs(model)  # type: ignore[arg-type]
     if not found:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lipcore.metric.protocol import Needs
+from lipcore.models.gathered import between_steps
 from lipcore.models.ranks import world_size
 from lipcore.trajectory.gradient_norms import BEFORE
 from lipcore.trajectory.parameters import (
@@ -176,7 +177,8 @@ class Stepped(Saved):
         before = self._built.trackers
         self._single.before += int(next(iter(before.values())).table.cursor[0])
         steps, rebased = self._steps_seen, self._rebased
-        self._build(find_watched(self._model, self._groups, self._masters, self.prefix))
+        with between_steps(self._model):
+            self._build(find_watched(self._model, self._groups, self._masters, self.prefix))
         for key, tracker in self._built.trackers.items():
             if key in before:
                 tracker.inherit(before[key])

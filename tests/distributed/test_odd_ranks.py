@@ -14,7 +14,7 @@ pytestmark = pytest.mark.ci  # four processes, for 20 s
 RIGHT = (
     *("offload", "offload_samples", "offload_lambda", "offload_hsdp", "between_forward_and_backward", "noise_between"),
     *("between_in_hsdp", "hsdp_samples", "accumulated", "checkpointed", "compiled", "zero_redundancy"),
-    *("made_before_the_group", "one_group_after_another", "two_models", "gathered_when_looked_at"),
+    *("made_before_the_group", "one_group_after_another", "two_models"),
 )
 REFUSED = {
     "averaged_now_and_then": r"ValueError: trajectory: ranks that hold the same parameters have moved them by other ",
@@ -22,7 +22,7 @@ REFUSED = {
 }
 OTHERS = {
     *("offload_bits", "reduced_by_hand", "destroyed", "sharded_late", "closed_and_merged_again", "gone_back"),
-    "one_replica_watched",
+    *("one_replica_watched", "gathered_when_looked_at"),
 }
 
 
@@ -92,10 +92,13 @@ def test_a_model_that_is_sharded_late_is_named_and_trains_on(found: Found) -> No
         assert "after lipcore has looked at it; call rebind()" in numbers["said"]
 
 
-def test_gathered_parameters_are_not_looked_at(found: Found) -> None:
+def test_gathered_parameters_are_looked_at_in_parts(found: Found) -> None:
     for numbers in found["gathered_when_looked_at"]:
-        assert len(numbers["said"]) == 4
-        assert all("has gathered parameter 'c.weight'" in said for said in numbers["said"])
+        assert isinstance(numbers, dict), numbers
+        assert numbers["error"] <= 1e-7
+        assert numbers["alone"] <= 1e-9
+        assert not any(numbers["off"])
+        assert all("cumulative" in key or "directness" in key for key in numbers["absent"])  # behind rebind()
 
 
 def test_one_replica_alone_proves_nothing(found: Found) -> None:

@@ -359,35 +359,40 @@ def reduced_by_hand(rank: int, world: int) -> list[Any]:
 
 
 def gathered_when_looked_at(rank: int, world: int) -> dict[str, Any]:
-    """A Monitor is made, and rebind() called, where the root has gathered its parameters."""
+    """A Monitor is made behind a pass without a backward pass, and rebind() called amid a pass and behind unshard(),
+    where the root has gathered its parameters."""
     model: Any = fsdp(made())
-    optimizer, monitor = monitored(model, metrics=[Trajectory(stats=STATS), PerSampleGradNorms(loss_reduction="mean")])
-    found, said = [], []
-
-    def asked(what: Callable[[], object]) -> None:
-        try:
-            what()
-        except ValueError as error:
-            said.append(str(error))
-
+    data = data_of(range(world))[rank]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with torch.no_grad():
+        model(data[0][0])
+    assert not hasattr(model.c.weight, "placements")
+    metrics = [Trajectory(stats=STATS), PerSampleGradNorms(loss_reduction="mean")]
+    monitor = Monitor(model, optimizer, metrics, window_steps=WINDOW, timeout=20)
+    found, alone = [], []
     with monitor:
-        for step, (x, y) in enumerate(data_of(range(world))[rank]):
+        for step, (x, y) in enumerate(data):
             optimizer.zero_grad()
             loss = F.mse_loss(model(x), y)
-            if step == 2:  # no proof is due, in which the root lets go
-                asked(monitor.rebind)
-                asked(lambda: Monitor(model, optimizer, [PerSampleGradNorms(loss_reduction="mean")]))
-                asked(lambda: Trajectory(model))
+            if step == WINDOW:  # no proof is due, in which the root lets go; and a window has just closed
+                gathered = model.c.weight
+                monitor.rebind()
+                alone.append(Trajectory(model))
+                assert model.c.weight is gathered
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
+            for each in alone:
+                each.update()
             if (window := monitor.global_window()) is not None:
                 found.append(window)
         model.unshard()
-        asked(monitor.rebind)
-        model.reshard()
         monitor.rebind()
-    return errors(found, truth(made(), data_of(range(world)))) | {"said": said}
+        model.reshard()
+    ours, theirs = (float(each["total"].sum.value) for each in
+                    (found[-1]["trajectory"].path_length, alone[0].sync().path_length))  # fmt: skip
+    off = [dict(window.off) for window in found]
+    return errors(found, truth(made(), data_of(range(world)))) | {"alone": abs(ours / theirs - 1), "off": off}
 
 
 class Centred(Even):
