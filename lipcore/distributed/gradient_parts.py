@@ -38,8 +38,9 @@ def gradient_part(parameter: Any, gradient: Any) -> Tensor | None:
     return part
 
 
-def why_not_known(name: str, parameter: Any, gradient: Any) -> str:
-    """Return why :func:`gradient_part` has nothing of a gradient, in words, and what would help."""
+def why_not_known(name: str, parameter: Any, gradient: Any, *, hooks: bool = True) -> str:
+    """Return why :func:`gradient_part` has nothing of a gradient, in words, and what would help; `hooks`: a hook on the
+    parameter does."""
     lies, belongs = (_placement(tensor) for tensor in (gradient, parameter))
     why = (
         f"the gradient of parameter '{name}' is {lies}, and the parameter is {belongs}, so that no rank knows its part "
@@ -47,6 +48,8 @@ def why_not_known(name: str, parameter: Any, gradient: Any) -> str:
     )
     if not hasattr(gradient, "placements"):
         return f"{why}. Make it a DTensor placed as the parameter"
+    if not hooks:
+        return f"{why}. fully_shard() beside the plan has it added up; or pass noise_scale=False"
     return (
         f"{why}. Have it redistributed in the backward pass: pass parameter.register_post_accumulate_grad_hook() a "
         "function that sets parameter.grad = parameter.grad.redistribute(placements=parameter.placements)"

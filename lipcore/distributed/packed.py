@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,8 +90,8 @@ def gathered(text: str, room: int, group: Group) -> list[str]:
     """Return the texts of all ranks, none of them longer than `room` bytes. One collective."""
     data = torch.zeros(8 + room, dtype=torch.uint8, device="cpu")
     encoded = text.encode()
-    data[:8] = torch.tensor(list(len(encoded).to_bytes(8, "little")), dtype=torch.uint8)
-    data[8 : 8 + len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    written = len(encoded).to_bytes(8, "little") + encoded
+    data[: len(written)] = torch.from_numpy(np.frombuffer(written, dtype=np.uint8).copy())
     data = data.to(group.device)
     all_of_them = [torch.empty_like(data) for _ in range(group.size)]
     torch.distributed.all_gather(all_of_them, data, group=group.handle)

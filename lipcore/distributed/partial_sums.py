@@ -19,12 +19,12 @@ class Partial:
     Attributes:
         number: this rank's, float64.
         handle: the process group of the ranks that have the others, what collectives take as `group`.
-        take: gets the sum, on the CPU.
+        take: gets the sum, and this rank's addend, on the CPU.
     """
 
     number: Tensor
     handle: Any
-    take: Callable[[Tensor], None]
+    take: Callable[[Tensor, Tensor], None]
 
 
 def add_up(partials: Sequence[Partial]) -> None:
@@ -32,8 +32,11 @@ def add_up(partials: Sequence[Partial]) -> None:
     handles = {id(partial.handle): partial.handle for partial in partials}
     for key, handle in handles.items():
         mine = [partial for partial in partials if id(partial.handle) == key]
-        flat = torch.cat([partial.number.reshape(-1).cpu() for partial in mine]).to(device_of(handle))
+        device = mine[0].number.device  # one copy from there, and one back, however many they are
+        own = torch.cat([partial.number.reshape(-1).to(device) for partial in mine])
+        flat = own.clone().to(device_of(handle))
         torch.distributed.all_reduce(flat, group=handle)
-        pieces = flat.cpu().split([partial.number.numel() for partial in mine])
-        for partial, piece in zip(mine, pieces, strict=True):
-            partial.take(piece.reshape(partial.number.shape))
+        sizes = [partial.number.numel() for partial in mine]
+        for partial, total, addend in zip(mine, flat.cpu().split(sizes), own.cpu().split(sizes), strict=True):
+            shape = partial.number.shape
+            partial.take(total.reshape(shape), addend.reshape(shape))

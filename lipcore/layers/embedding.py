@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -19,6 +19,13 @@ SCALED_BY_BATCH = (
     "use scale_grad_by_freq=False"
 )
 SUMS_OVER_INDICES = "sums over equal indices"
+
+
+class _RowsHere(NamedTuple):
+    """The samples, and how many rows of the table are on this rank."""
+
+    batch: Batch
+    rows: int
 
 
 class EmbeddingRule(Rule):
@@ -49,17 +56,16 @@ class EmbeddingRule(Rule):
         elsewhere = (indices < 0) | (indices >= rows)  # in the part of another rank
         if module.padding_idx is not None:
             elsewhere |= indices == module.padding_idx - first
-        return (indices.masked_fill(elsewhere, 0), elsewhere), batch
+        return (indices.masked_fill(elsewhere, 0), elsewhere), _RowsHere(batch, rows)
 
     def factors(self, module: Any, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
         if not saved:
             return {}
-        batch: Batch = extra
+        batch, rows = extra if isinstance(extra, _RowsHere) else (extra, module.num_embeddings)
         indices, grad = batch.tokens(saved[0], 0), batch.tokens(grad_output)
-        rows, padding = module.num_embeddings, module.padding_idx
+        padding = module.padding_idx
         if len(saved) > 1:  # of some rows, and the gradient of the others is none here
-            grad = grad.masked_fill(batch.tokens(saved[1], 0).unsqueeze(-1), 0)
-            rows, padding = shard_of(module.weight)[0][0], None
+            grad, padding = grad.masked_fill(batch.tokens(saved[1], 0).unsqueeze(-1), 0), None
         return {"weight": Indexed(indices, grad, rows, padding_idx=padding, offsets=batch.offsets)}
 
 

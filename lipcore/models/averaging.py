@@ -34,7 +34,8 @@ def averaged_over(model: nn.Module) -> tuple[tuple[int, ...], str]:
     if part_ranks(model, model.named_parameters()) is not None:  # and others hold parts of the same gradient
         if any(reduces_by_own_rule(module) for module in model.modules()):
             return (), _OWN_RULE.format("fully_shard()ed model")
-        return tuple(sorted(averaging_ranks(model))) or (rank(),), ""
+        several = averaging_ranks(model)
+        return ((), _MESHES) if len(several) > 1 else (tuple(sorted(several[0])) if several else (rank(),), "")
     meshes: list[Any] = list(dict.fromkeys(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")))
     if not meshes:
         return (), UNKNOWN

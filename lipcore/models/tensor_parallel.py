@@ -60,7 +60,8 @@ def part_ranks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> Pa
     """
     if not under_process_group():
         return None
-    gathered = averaging_ranks(model)
+    sharded = _sharded_over(model)
+    anywhere = set().union(*averaging_ranks(model))  # of one that was replaced, until fully_shard() has noticed it
     groups: dict[tuple[int, ...], Any] = {}
     cuts: dict[str, int] = {}
     on_mesh: set[str] = set()
@@ -68,7 +69,7 @@ def part_ranks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> Pa
         for dim, placement in enumerate(getattr(tensor, "placements", ())):
             handle = tensor.device_mesh.get_group(dim)  # type: ignore[attr-defined]
             ranks = tuple(torch.distributed.get_process_group_ranks(handle))
-            if len(ranks) > 1 and not gathered.issuperset(ranks):
+            if len(ranks) > 1 and not sharded.get(id(tensor), anywhere).issuperset(ranks):
                 groups.setdefault(ranks, handle)
                 on_mesh.add(name)
                 if placement.is_shard():
@@ -82,7 +83,19 @@ def part_ranks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> Pa
     return PartRanks(ranks, ranks.index(rank()), handle, cuts, frozenset(on_mesh))
 
 
-def averaging_ranks(model: nn.Module) -> set[int]:
-    """Return the ranks among which fully_shard() gathers and reduces, as far as this rank is concerned."""
-    meshes = (group.mesh_info.mesh for module in fully_sharded(model) for group in fsdp_groups(module))
-    return {each for mesh in meshes for each in mesh.mesh.flatten().tolist()}
+def averaging_ranks(model: nn.Module) -> list[set[int]]:
+    """Return the sets of ranks among which fully_shard() gathers and reduces, as far as this rank is concerned: one,
+    where all modules are sharded over the same."""
+    groups = (group for module in fully_sharded(model) for group in fsdp_groups(module))
+    found = {frozenset(group.mesh_info.mesh.mesh.flatten().tolist()) for group in groups}
+    return [set(ranks) for ranks in sorted(found, key=sorted)]
+
+
+def _sharded_over(model: nn.Module) -> dict[int, set[int]]:
+    """Return the ranks among which fully_shard() gathers a parameter, by the id of its part."""
+    found: dict[int, set[int]] = {}
+    for module in fully_sharded(model):
+        for group in fsdp_groups(module):
+            ranks = set(group.mesh_info.mesh.mesh.flatten().tolist())
+            found |= dict.fromkeys((id(each.sharded_param) for each in group.fsdp_params), ranks)
+    return found

@@ -26,6 +26,10 @@ _OTHER = (
     "{0}: ranks {1} hold parts of the same gradients, and have recorded other samples ({2} {6} on rank {3}, {4} on "
     "rank {5}, or other sizes or ids); give these ranks the same batches and ids{7}"
 )
+_OTHER_LAYERS = (
+    "{0}: ranks {1} hold parts of the same gradients, and ranks {3} and {5} have not recorded the same layers of this "
+    "pass, or one could not record it (norms.broken says why); give these ranks the same metric and settings"
+)
 _LEFT_OUT = ". These micro-batches are left out of the scores"
 _COPY = "{0}: this is a copy of a metric, which does not reach the other ranks; call it on the original"
 
@@ -46,20 +50,21 @@ def whole_norms(norms: PassNorms, what: str, step: int, timeout: float) -> PassN
     assert parts is not None
     names = zlib.crc32(repr((norms.names, norms.record.broken)).encode())
     if differ := _meet(parts, what, step, timeout, [norms.samples, names]):
-        raise ValueError(_OTHER.format(*differ, "samples", ""))
+        alike = differ[2] == differ[4]  # samples, on this rank and on the other
+        raise ValueError((_OTHER_LAYERS if alike else _OTHER).format(*differ, "samples", ""))
     if norms.record.broken:
         return norms
-    mine = torch.tensor([parts.counts or name in parts.cuts for name in norms.names])
+    mine = torch.tensor([parts.counts or name in parts.cuts for name in norms.names], dtype=torch.bool, device="cpu")
     rows = norms.rows.cpu()
     added = rows.masked_fill(~mine.unsqueeze(1), 0)
     found: list[Tensor] = []
-    add_up([Partial(torch.cat([added, rows]), parts.handle, found.append)])
+    add_up([Partial(torch.cat([added, rows]), parts.handle, lambda total, _: found.append(total))])
     whole, every = found[0].split(len(rows))
     alike = [i for i, name in enumerate(norms.names) if name not in parts.cuts]
     unlike = unlike_row(every[alike], rows[alike], len(parts.ranks))
-    flags: list[Tensor] = []
-    add_up([Partial(torch.tensor([float(unlike >= 0)], dtype=torch.float64), parts.handle, flags.append)])
-    if float(flags[0]):
+    flag = torch.tensor([float(unlike >= 0)], dtype=torch.float64, device="cpu")
+    add_up([Partial(flag, parts.handle, lambda total, _: found.append(total))])
+    if float(found[1]):
         layer = norms.layer_index.layer_of[norms.names[alike[max(unlike, 0)]]]
         raise ValueError(f"{what}: {UNLIKE.format(layer)}")
     result = copy.copy(norms)
@@ -85,7 +90,7 @@ def add_up_waiting(rows: PartRows, what: str, step: int, timeout: float) -> None
 def _agree(waiting: Sequence[PassRows], ranks: PartRanks) -> None:
     """Have all ranks say the same of what they hold alike: near the bound one rank may find it so and another not."""
 
-    def take(found: Tensor) -> None:
+    def take(found: Tensor, _: Tensor) -> None:
         for rows, count in zip(waiting, found.tolist(), strict=True):
             rows.unlike = (rows.unlike or rows.layers[0]) if count else ""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lipcore.distributed.partial_sums import Partial
 from lipcore.metric.distribution import Distribution, observe_roots
+from lipcore.metric.state import checked_tensor, is_count
 from lipcore.models.tensor_parallel import PartRanks
 
 _MOST_BYTES = 64 << 20  # in the open window, and of windows before whose samples have names
@@ -41,6 +43,7 @@ OTHER_SCORES = (
     "lipcore's scores by id lack those of {0} ids that ranks have saved, since other ranks hold other parts of the "
     "parameters here (tensor parallelism); load this checkpoint with as many ranks and the same plan to have them"
 )
+_KEYS = ("block", "whole", "unlike", "scored", "squares", "alike", "layers", "ids", "losses")  # of a row, in a state
 _SAME = 1e-2  # relative, of squares of what ranks hold alike: they may be computed by other kernels
 
 
@@ -66,7 +69,7 @@ class PassRows:
         self.number = -1  # among all of them
         self.nbytes = squares.nbytes + alike.nbytes  #: that are kept, at most
 
-    @property
+    @cached_property
     def bits(self) -> int:
         """A number that differs where ranks have other samples: of how many there are, and of their ids."""
         ids = b"" if self.ids is None else self.ids.cpu().contiguous().numpy().tobytes()
@@ -74,16 +77,16 @@ class PassRows:
 
     def partial(self, ranks: PartRanks) -> Partial:
         """Return what is to be added up."""
-        alike = self.alike.double()
-        both = torch.cat([self.squares.double(), alike])
-        return Partial(both, ranks.handle, lambda total: self._take(total, alike.cpu(), len(ranks.ranks)))
+        both = torch.cat([self.squares.double(), self.alike.double()])
+        places, count = len(self.squares), len(ranks.ranks)
+        return Partial(both, ranks.handle, lambda total, own: self._take(total, own[places:], count))
 
     def _take(self, total: Tensor, alike: Tensor, ranks: int) -> None:
         """Take the sum over the ranks; several times, where windows overlap."""
         squares, several = total.split([len(total) - len(alike), len(alike)])
         if (unlike := unlike_row(several, alike, ranks)) >= 0:
             self.unlike = self.layers[unlike]
-        self.squares, self.whole, self.alike = squares, True, self.alike[:0]
+        self.squares, self.whole, self.alike = squares.clone(), True, self.alike[:0].clone()
 
     def norms(self) -> Tensor:
         """Return the norms of whole samples, [B]."""
@@ -107,7 +110,7 @@ class PartRows:
         self._unscored_bytes = 0
         self._made = self._marked = 0
         self._scored: list[PassRows] = []  # since the last mark, of those before it
-        self.off = ""  #: why the open window's are not kept
+        self._over: deque[bool] = deque([False], maxlen=blocks)  # of each, whether some of its rows are not kept
         self._lost = 0  # samples with names that no score gets, which nobody has been told of
 
     def add(self, rows: PassRows) -> None:
@@ -120,14 +123,18 @@ class PartRows:
                 oldest = self._unscored.popleft()
                 self._unscored_bytes -= oldest.nbytes
                 self._lost += oldest.squares.shape[1]
-        if not self.off:
+        if not self._over[-1]:
             self._blocks[-1].append(rows)
             self._sizes[-1] += rows.nbytes
             if sum(self._sizes) > _MOST_BYTES:
-                self.off = TOO_MANY
                 for at, block in enumerate(self._blocks):
                     block.clear()
-                    self._sizes[at] = 0
+                    self._sizes[at], self._over[at] = 0, True
+
+    @property
+    def off(self) -> str:
+        """Why rows of the open window are not all kept; "" where they are."""
+        return TOO_MANY if any(self._over) else ""
 
     @property
     def nbytes(self) -> int:
@@ -191,13 +198,14 @@ class PartRows:
         """Start a window."""
         self._blocks.clear()
         self._sizes.clear()
+        self._over.clear()
         self.advance()
 
     def advance(self) -> None:
         """Start a block; the oldest one falls out."""
         self._blocks.append([])
         self._sizes.append(0)
-        self.off = ""
+        self._over.append(False)
 
     # ---- state
 
@@ -211,6 +219,7 @@ class PartRows:
             "ranks": len(self.ranks.ranks),
             "place": self.ranks.place,
             "off": self.off,
+            "over": list(self._over),
             "blocks": len(self._blocks),
             "block": [at for at, _ in window],
             "whole": [each.whole for each in rows],
@@ -226,10 +235,10 @@ class PartRows:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checked state."""
         self.__init__(self.ranks, self._places, self._blocks.maxlen or 1)  # type: ignore[misc]
-        self.off = state.get("off", "")
         for _ in range(1, state.get("blocks", 1)):
-            self._blocks.append([])
-            self._sizes.append(0)
+            self.advance()
+        for at, over in enumerate(state.get("over", [])):
+            self._over[at] = bool(over)
         for one in _one_by_one(state):
             tensors = one["squares"].clone(), one["alike"].clone()
             rows = PassRows(*tensors, list(one["layers"]), _or_none(one["ids"]), _or_none(one["losses"]))
@@ -248,9 +257,8 @@ class PartRows:
 
 
 def _one_by_one(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    keys = ("block", "whole", "unlike", "scored", "squares", "alike", "layers", "ids", "losses")
-    for values in zip(*(state.get(key, []) for key in keys), strict=True):
-        yield dict(zip(keys, values, strict=True))
+    for values in zip(*(state.get(key, []) for key in _KEYS), strict=True):
+        yield dict(zip(_KEYS, values, strict=True))
 
 
 def check_part_rows(state: Any, rows: PartRows | None) -> None:
@@ -266,10 +274,19 @@ def check_part_rows(state: Any, rows: PartRows | None) -> None:
             f"in_parts: the state has squares of single samples over {there} of the parameters (tensor parallelism), "
             f"and this rank holds {here}; go on with the same plan, or save at a window's end, behind global_window()"
         )
-    blocks = zip(state.get("block", []), state.get("squares", []), strict=True)
-    shapes = {len(squares) for block, squares in blocks if block != BEFORE}
-    if rows is not None and not shapes <= {rows._places}:
-        raise ValueError(f"in_parts: expected squares at {rows._places} places, got {sorted(shapes)}")
+    lengths = {key: len(state.get(key, [])) for key in _KEYS}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"in_parts: expected lists of the same length, got {lengths}")
+    count, over = state.get("blocks", 1), state.get("over", [False])
+    if not is_count(count) or count < 1 or len(over) != count:
+        raise ValueError(f"in_parts: expected a count of blocks, each over or not, got {count!r} and {over!r}")
+    for one in _one_by_one(state):
+        if one["block"] != BEFORE and not (is_count(one["block"]) and one["block"] < count):
+            raise ValueError(f"in_parts: expected one of {count} blocks, got {one['block']!r}")
+        places = rows._places if rows is not None and one["block"] != BEFORE else None
+        squares = checked_tensor("in_parts.squares", one["squares"], torch.float64, (places, None))
+        alike = None if one["whole"] else len(one["layers"])
+        checked_tensor("in_parts.alike", one["alike"], torch.float64, (alike, squares.shape[1]))
 
 
 def has_rows(state: dict[str, Any]) -> bool:
@@ -305,7 +322,7 @@ def _bytes(rows: Iterable[PassRows]) -> int:
 
 
 def _or_empty(tensor: Tensor | None) -> Tensor:
-    return torch.empty(0) if tensor is None else tensor.cpu()
+    return torch.empty(0, device="cpu") if tensor is None else tensor.cpu()
 
 
 def _or_none(tensor: Tensor) -> Tensor | None:

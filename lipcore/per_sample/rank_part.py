@@ -81,7 +81,7 @@ class PerSamplePart(RankPart):
     rows_off: str = ""
     averaged: Sequence[int] = ()
     heard: dict[str, list[str]] = field(default_factory=dict)  #: reasons of all ranks
-    _told: Sequence[dict[str, Any]] = ()
+    _told: Mapping[int, dict[str, Any]] = field(default_factory=dict)  # by rank
 
     @property
     def told(self) -> dict[str, Any]:
@@ -102,14 +102,14 @@ class PerSamplePart(RankPart):
         self.heard = {name: sorted({reason for each in told for reason in each[name]}) for name in COUNTS}
         if self.noise is not None:
             self.noise.hear([each["noise"] for each in told])
-        self._told = told
+        assert self.holding is not None
+        self._told = dict(zip(self.holding.ranks, told, strict=True))
 
     def refused(self) -> str:
         """Return why the ranks that hold parts cannot add them up."""
-        if self.parts is None or not self._told:
+        if self.parts is None:
             return ""
-        assert self.holding is not None
-        told = dict(zip(self.holding.ranks, (each["in_parts"] for each in self._told), strict=True))
+        told = {rank: each["in_parts"] for rank, each in self._told.items()}
         for rank, (ranks, count, bits, off, _) in told.items():
             if off:
                 return str(off)
@@ -239,7 +239,7 @@ class PerSamplePart(RankPart):
         """The ranks whose samples are in the gradient, or in parts of it."""
         if self.parts is None:
             return set(self.agreed["averaged_over"])
-        return {rank for each in self._told for rank in each["in_parts"][-1]}
+        return {rank for each in self._told.values() for rank in each["in_parts"][-1]}
 
 
 def _shown(ranks: Collection[int]) -> str:

@@ -12,6 +12,8 @@ from lipcore.metric.results import MetricResult
 from lipcore.trajectory.gradient_norms import BEFORE
 
 _APART = 1e-6  # of the sum of squares: the last digits of float32 updates may differ where ranks have other processors
+# Gradients, beside that, where each of the ranks computes its own (what is outside a tensor-parallel plan).
+_GRADIENTS_APART = 1e-4
 _UNREDUCED = (
     "ranks that hold the same parameters had other gradients where these are read, so that there is none of the model "
     "(gradients that are reduced by hand, behind the backward pass); each rank's own numbers are in pop_window() and "
@@ -76,4 +78,4 @@ def without_unreduced(largest: Tensor, stages: Sequence[str], result: MetricResu
 def unreduced(largest: Tensor) -> str:
     """Say, on all ranks alike, that they had other gradients, where the maxima of one kind say it; else ""."""
     most, less = largest.tolist()
-    return _UNREDUCED if most + less > _APART * most else ""
+    return _UNREDUCED if most + less > _GRADIENTS_APART * most else ""

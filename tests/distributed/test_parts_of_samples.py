@@ -23,7 +23,7 @@ OTHERS = {
         *("proved", "last_pass", "counted", "taken_back", "heads", "heads_left_out", "sequences", "refused"),
         *("bias_whole", "bias_cut", "empty_batch"),
     ),
-    4: (),
+    4: ("scores_alone",),
 }
 #: Why the metric is left out of windows, or what is raised, on all ranks.
 REFUSED = {
@@ -144,3 +144,10 @@ def test_what_is_not_of_parts(runs: dict[int, Found], argument: str) -> None:
 def test_a_compiled_model_is_refused(runs: dict[int, Found]) -> None:
     for found in dicts(runs[2]["refused"]):
         assert "model: is compiled, and its parameters lie in parts on several ranks" in found["compiled"]
+
+
+def test_each_ranks_own_scores_are_there_where_nobody_else_is_asked(runs: dict[int, Found]) -> None:
+    for found in dicts(runs[4]["scores_alone"]):
+        # Of the ranks of one replica's place, that of the counting rank has the scores of the samples of both replicas.
+        assert found["own"] == found["counts"][0] == 12
+        assert found["counts"][1:] == [24, 24]

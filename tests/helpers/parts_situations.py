@@ -433,6 +433,27 @@ def empty_batch(rank: int, world: int) -> dict[str, Any]:
     return {"off": dict(window.off), "details": dict(window[NAME].details), "numbers": len(window[NAME].flat())}
 
 
+def scores_alone(rank: int, world: int) -> dict[str, Any]:
+    """Each rank's own scores, where it is asked for those of nobody else; norms of a pass under another default
+    device."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+    model = fsdp(planned(made(Columns), mesh["tp"]), mesh["dp"])
+    metric = PerSampleGradNorms(loss_reduction="mean")
+    optimizer, monitor = monitored(model, metrics=[metric])
+    replica = mesh["dp"].get_local_rank()
+    with monitor:
+        for step, (x, y) in enumerate(data_of(range(2))[replica][:WINDOW]):
+            metric.set_ids([1000 * replica + 10 * step + i for i in range(len(x))])
+            optimizer.zero_grad()
+            mean_loss(model(x), y).backward()
+            with torch.device("meta"):
+                metric.sync_norms()
+            optimizer.step()
+        monitor.global_window()
+        counts = [len(metric.sync_scores(group).to_numpy()["ids"]) for group in (None, mesh["dp"], "auto")]
+    return {"counts": counts, "own": len(metric.scores.to_numpy()["ids"])}
+
+
 def four_parts(rank: int, world: int) -> dict[str, Any]:
     return tensor_parallel(rank, world)
 
@@ -572,7 +593,9 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
     two = (tensor_parallel, vocabulary, tied, logits_in_parts, checkpointed, every_second_step, late_call,
            loaded_within, own_types, own_types_fsdp2, bias_whole, bias_cut, empty_batch, proved, last_pass, counted,
            taken_back, other_samples, heads, heads_left_out, sequences, refused)  # fmt: skip
-    for work in two if ranks == 2 else (with_fsdp2, with_fsdp2_unequal, with_ddp, four_parts, part_of_the_group):
+    for work in (
+        two if ranks == 2 else (with_fsdp2, with_fsdp2_unequal, with_ddp, scores_alone, four_parts, part_of_the_group)
+    ):
         yield work.__name__, ranks, quiet(work)
 
 

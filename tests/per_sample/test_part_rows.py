@@ -30,7 +30,7 @@ def add_up(*of_ranks: PassRows) -> None:
     partials = [rows.partial(RANKS) for rows in of_ranks]
     total = torch.stack([partial.number for partial in partials]).sum(0)
     for partial in partials:
-        partial.take(total)
+        partial.take(total, partial.number)
 
 
 def kept() -> PartRows:
@@ -148,7 +148,7 @@ def test_a_state_has_the_window() -> None:
 @pytest.mark.parametrize(("into", "words"), [
     (None, "this rank holds whole"),
     (PartRows(OTHER, 2, 1), "part 0 of 2 .* this rank holds part 1 of 2"),
-    (PartRows(RANKS, 3, 1), "expected squares at 3 places"),
+    (PartRows(RANKS, 3, 1), r"in_parts.squares: expected torch.float64 \[3, \*\], got"),
 ])  # fmt: skip
 def test_a_state_of_other_parts_is_refused(into: PartRows | None, words: str) -> None:
     rows = kept()
@@ -253,3 +253,30 @@ class Unpicklable:
 
     def __reduce__(self) -> Any:
         raise TypeError("cannot pickle")
+
+
+def test_a_sliding_window_is_off_as_long_as_a_block_lacks_rows(monkeypatch: Any) -> None:
+    monkeypatch.setattr(part_rows, "_MOST_BYTES", 3 * rows_of([1.0]).nbytes)
+    rows, kept_now = PartRows(RANKS, 2, 3), []
+    for number in range(8):
+        for _ in range(4 if number == 1 else 1):
+            rows.add(rows_of([float(number)]))
+        kept_now.append((bool(rows.off), len(rows.window())))
+        rows.advance()
+    assert [off for off, _ in kept_now] == [False, True, True, True, False, False, False, False]
+    assert [count for off, count in kept_now if not off] == [1, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(("wrong", "words"), [
+    ({"whole": []}, "lists of the same length"),
+    ({"blocks": 0}, "expected a count of blocks"),
+    ({"block": [3]}, "expected one of 1 blocks, got 3"),
+    ({"squares": [torch.zeros(2, 1)]}, "in_parts.squares: expected torch.float64"),
+    ({"alike": [torch.zeros(5, 1, dtype=torch.float64)]}, "in_parts.alike: expected torch.float64"),
+])  # fmt: skip
+def test_a_state_that_does_not_fit_changes_nothing(wrong: dict[str, Any], words: str) -> None:
+    rows = kept()
+    rows.add(rows_of([1.0]))
+    with pytest.raises(ValueError, match=words):
+        check_part_rows(rows.state_dict() | wrong, rows)
+    assert len(rows.window()) == 1

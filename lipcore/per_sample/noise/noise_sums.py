@@ -151,7 +151,7 @@ class NoiseSums:
             if parameter.grad is not None and parameter.requires_grad and name in self._layer_index.layer_of:
                 part = gradient_part(parameter, parameter.grad)
                 if part is None:
-                    self.spoil(why_not_known(name, parameter, parameter.grad))
+                    self.spoil(why_not_known(name, parameter, parameter.grad, hooks=False))
                     continue
                 if _is_sharded(parameter):
                     self.off = SHARDED
