@@ -77,8 +77,11 @@ class LossTerms:
         kind = tuple((each.made.node.name(), each.dim, each.made.shape) for each in summed)
         if not again and kind in self._shown:
             return
-        for each in summed:
-            _check(each)
+        try:
+            for each in summed:
+                _check(each)
+        except RuntimeError:  # told behind its backward pass, which has freed the graph: no other one goes through it
+            return
         if len(self._shown) < _KINDS:
             self._shown.add(kind)
 

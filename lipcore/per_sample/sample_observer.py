@@ -131,7 +131,7 @@ class SampleObserver(StandaloneMetric):
         self._window.begin(len(self._layers), layers.parts, anew=self._layers != before, noise=self._has_noise)
         self._holding = Holding(self._held, model=self._model)
         if self._has_noise:
-            sums = NoiseSums(self._layer_index, layers.coverage.parameters)
+            sums = NoiseSums(self._layer_index, layers.coverage.measured)
             self._window.estimate_noise(self._model, self._layer_index, sums, apart=self.ranks_apart)
         self._window.mark()
         if self._stands_alone:

@@ -139,7 +139,7 @@ def test_all_that_read_gradients_count_a_part_once() -> None:
             statistics.observe_gradients()
             statistics.update()
             counts.append(statistics.compute()["gradient"]["words"].mean.count)
-            sums = NoiseSums(LayerIndex({"words": "words"}), lambda: [("words", model.words)])
+            sums = NoiseSums(LayerIndex({"words": "words"}), lambda: {"words": model.words})
             sums.read_gradients()
             samples.append(float(sums.step_sums().gradient[0]))  # type: ignore[index]
     square = float(gradient_of_words().double().square().sum())
@@ -166,6 +166,6 @@ def test_what_nobody_has_added_up_has_no_number_and_a_reason() -> None:
         statistics.update()
         assert list(statistics.compute().details["not_read"]) == ["gradient norm"]
         places = LayerIndex({"words": "words", "norm": "norm"})
-        sums = NoiseSums(places, model.named_parameters)
+        sums = NoiseSums(places, lambda: dict(model.named_parameters()))
         sums.read_gradients()
         assert "'norm' is placed as (Partial(sum))" in sums.step_sums().wrong

@@ -70,8 +70,11 @@ class Truth:
             recorded = step % self.every == 0
             for place, row in zip(norms, squares.sqrt().unbind(1), strict=True):
                 place.observe(row[: len(row) * recorded])
-            gradient = [sum(w * g[i] for w, g in zip(weights, grads, strict=True)) for i in range(len(grads[0]))]
-            if recorded:
+            gradient = [
+                sum((w * g[i] for w, g in zip(weights, grads, strict=True)), torch.zeros_like(parameter))
+                for i, parameter in enumerate(self.model.parameters())
+            ]
+            if recorded and grads:
                 self._observe(squares, torch.tensor(weights, dtype=torch.float64), gradient)
             for parameter, grad in zip(self.model.parameters(), gradient, strict=True):
                 parameter.grad = grad
@@ -119,7 +122,7 @@ def _per_layer(model: nn.Module, grads: Sequence[list[Tensor]], layers: Sequence
         [sum(float(g.square().sum()) for g, name in zip(grad, names, strict=True) if name == layer) for layer in layers]
         for grad in grads
     ]
-    squares = torch.tensor(rows, dtype=torch.float64)
+    squares = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(layers))
     return torch.cat([squares, squares.sum(1, keepdim=True)], dim=1)
 
 
@@ -199,6 +202,15 @@ def empty_rank(rank: int, world: int) -> dict[str, Any]:
     """Rank 1 has a batch without samples in every other step."""
     batches = data_of(range(world))
     batches[1] = [(x[: 3 * (i % 2)], y[: 3 * (i % 2)]) for i, (x, y) in enumerate(batches[1])]
+    expected = Truth(made(), "sum").windows(batches)
+    return compared(merged(DDP(made()), batches[rank], sum_loss), expected)
+
+
+def empty_step(rank: int, world: int) -> dict[str, Any]:
+    """No rank has a sample in the second step."""
+    batches = data_of(range(world))
+    for data in batches:
+        data[1] = data[1][0][:0], data[1][1][:0]
     expected = Truth(made(), "sum").windows(batches)
     return compared(merged(DDP(made()), batches[rank], sum_loss), expected)
 
@@ -656,9 +668,9 @@ def quiet(work: Callable[[int, int], Any]) -> Callable[[int, int], Any]:
 
 def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, ranks and work of each that needs so many."""
-    two = (ddp, summed_loss, unequal_batches, one_sample_each, empty_rank, accumulated, fsdp2, fsdp2_unequal,
-           reduced_by_hand, module_inside, communication_hook, other_divisor, independent, independent_for_themselves,
-           joined, every_second_step, late_call, loaded_within, left_over, counted, pipeline,
-           context_parallel, sequence_parallel, expert_parallel, scores_by_id, taken_back)  # fmt: skip
+    two = (ddp, summed_loss, unequal_batches, one_sample_each, empty_rank, empty_step, accumulated, fsdp2,
+           fsdp2_unequal, reduced_by_hand, module_inside, communication_hook, other_divisor, independent,
+           independent_for_themselves, joined, every_second_step, late_call, loaded_within, left_over, counted,
+           pipeline, context_parallel, sequence_parallel, expert_parallel, scores_by_id, taken_back)  # fmt: skip
     for work in two if ranks == 2 else (hsdp, subgroups, group_of_some):
         yield work.__name__, ranks, quiet(work)

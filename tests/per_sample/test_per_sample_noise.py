@@ -201,7 +201,7 @@ def of_device(number: float, tensor: float | None, task: int) -> PassNorms:
 )
 def test_factors_that_only_the_device_knows(factors: list[tuple[float, float | None]], equal: bool) -> None:
     layer = nn.Linear(1, 1, bias=False)
-    sums = steps.NoiseSums(LayerIndex({"0.weight": "0"}), lambda: [("0.weight", layer.weight)])
+    sums = steps.NoiseSums(LayerIndex({"0.weight": "0"}), lambda: {"0.weight": layer.weight})
     layer.weight.grad = torch.ones(1, 1)
     found: list[Tensor] = []
     for task, factor in enumerate(factors):
@@ -335,7 +335,7 @@ def test_nothing_waits_for_a_device() -> None:
     meta = torch.device("meta")
     places = LayerIndex({"0.weight": "0", "1.weight": "1"})
     layers = [nn.Linear(1, 1, bias=False) for _ in range(2)]
-    sums = steps.NoiseSums(places, lambda: [(f"{i}.weight", layer.weight) for i, layer in enumerate(layers)])
+    sums = steps.NoiseSums(places, lambda: {f"{i}.weight": layer.weight for i, layer in enumerate(layers)})
     reduction = Reduction("mean", lambda: torch.tensor(4, device=meta), 0.5)
     for task in range(2):
         rows = {"0.weight": torch.ones(2, dtype=torch.float64, device=meta)}

@@ -37,7 +37,7 @@ _WHOLE_BESIDE_CUT = (
     "is whole on ranks that have the gradient at its {0}'s output in parts, since another parameter there is cut "
     "(tensor parallelism), so that its gradient is gathered from them; cut it as the other one is, or " + SKIP
 )
-_NO_RULE = "is a DTensor (tensor parallelism), and no layer's rule measures it; " + SKIP
+_NO_RULE = "is a DTensor (tensor parallelism), and no layer's rule measures it: {0}; " + SKIP
 _NOT_OF_PARTS = (
     "{0}: the model's parameters lie in parts on several ranks (tensor parallelism), which add up squared norms of "
     "whole gradients alone; leave it out"
@@ -93,7 +93,7 @@ def leave_out_uncut(coverage: ParameterCoverage, parts: PartRanks) -> None:
     by_graph = coverage.by_graph
     for name, tensor in coverage.parameters():
         if hasattr(tensor, "placements") and name in by_graph and name in parts.on_mesh:
-            coverage.uncover(name, _NO_RULE)
+            coverage.uncover(name, _NO_RULE.format(by_graph[name]))
 
 
 def check_inputs(arguments: Sequence[Any], keywords: Mapping[str, Any], cut: Cut | None) -> None:

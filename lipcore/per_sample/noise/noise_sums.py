@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -56,9 +56,9 @@ class NoiseSums:
     The step enters as NaN, and is counted with the reason, where the gradient is not the mean over its samples.
     """
 
-    def __init__(self, layer_index: LayerIndex, parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]]) -> None:
+    def __init__(self, layer_index: LayerIndex, measured: Callable[[], Mapping[str, nn.Parameter]]) -> None:
         self._layer_index = layer_index
-        self._parameters = parameters
+        self._measured = measured  # as a pass may find parameters that cannot be, whose samples are in no sum
         self.off = ""  #: why there are no estimates
         self.names = list(layer_index.layer_of)  #: of the parameters
         self._place = {name: i for i, name in enumerate(self.names)}
@@ -146,9 +146,8 @@ class NoiseSums:
         # DDP writes what it has reduced over the ranks, which is a change too.
         alone = not under_process_group()
         self._hooked = False
-        for name, parameter in self._parameters():
-            # One that was frozen may still have a gradient of before.
-            if parameter.grad is not None and parameter.requires_grad and name in self._layer_index.layer_of:
+        for name, parameter in self._measured().items():  # one that was frozen may still have a gradient of before
+            if parameter.grad is not None and name in self._layer_index.layer_of:
                 part = gradient_part(parameter, parameter.grad)
                 if part is None:
                     self.spoil(why_not_known(name, parameter, parameter.grad, hooks=False))
