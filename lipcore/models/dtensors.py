@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,12 @@ def local_of(tensor: Any) -> Tensor:
     tensor = getattr(tensor, "_local_tensor", tensor)
     wait = getattr(tensor, "trigger_wait", None)  # of an AsyncCollectiveTensor, whose memory is read here
     return tensor if wait is None else wait()  # type: ignore[no-any-return]
+
+
+def await_values(tensors: Iterable[Tensor]) -> None:
+    """Wait for what collectives still bring of these tensors: then all ranks have come so far."""
+    for tensor in tensors:
+        local_of(tensor)
 
 
 def is_partial(tensor: Tensor) -> bool:

@@ -270,7 +270,8 @@ class PerSampleGradNorms(PerSampleMetric):
             timeout: seconds to wait for the other ranks.
 
         Returns:
-            Norms n_i, float64 [B]; those that this rank has anyway, where it holds whole parameters.
+            Norms n_i, float64 [B]; those that this rank has anyway, where it holds whole parameters. NaN, with the
+            reason in :attr:`broken`, where the pass was not recorded.
 
         Raises:
             RuntimeError: a rank has not come in time, or is at another step. No collective was started.

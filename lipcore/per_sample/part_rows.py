@@ -133,7 +133,7 @@ class PartRows:
 
     @property
     def off(self) -> str:
-        """Why rows of the open window are not all kept; "" where they are."""
+        """Reason why rows of the open window are not all kept; "" where they are."""
         return TOO_MANY if any(self._over) else ""
 
     @property

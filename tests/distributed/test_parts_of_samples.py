@@ -20,7 +20,7 @@ RIGHT = {
 }
 OTHERS = {
     2: (
-        *("proved", "last_pass", "counted", "taken_back", "heads", "heads_left_out", "sequences", "refused"),
+        *("proved", "late", "last_pass", "counted", "taken_back", "heads", "heads_left_out", "sequences", "refused"),
         *("bias_whole", "bias_cut", "empty_batch"),
     ),
     4: ("scores_alone",),
@@ -151,3 +151,10 @@ def test_each_ranks_own_scores_are_there_where_nobody_else_is_asked(runs: dict[i
         # Of the ranks of one replica's place, that of the counting rank has the scores of the samples of both replicas.
         assert found["own"] == found["counts"][0] == 12
         assert found["counts"][1:] == [24, 24]
+
+
+def test_a_rank_that_comes_later_takes_part_in_the_proof(runs: dict[int, Found]) -> None:
+    for found in dicts(runs[2]["late"]):
+        assert found["said"] == [
+            "statistics over the batch that the model may detach were not looked for: it is sharded"
+        ]

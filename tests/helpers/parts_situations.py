@@ -3,6 +3,7 @@ each beside one float64 process that computes the gradient of every sample by it
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -199,6 +200,26 @@ def proved(rank: int, world: int) -> dict[str, Any]:
         window = monitor.global_window()
     assert window is not None
     return {"said": said, "label": window[NAME].norm["total"].mean.label, "proved": window[NAME].details["proved"]}
+
+
+def late(rank: int, world: int) -> dict[str, Any]:
+    """Rank 1 makes its Monitor later, and the model's last collective is behind the end of its forward pass."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    model = parallelize_module(layers, init_device_mesh("cpu", (world,)), plan)
+    time.sleep(0.3 * rank)
+    optimizer, monitor = monitored(model)
+    with monitor:
+        for x, y in data_of([0])[0][:WINDOW]:
+            optimizer.zero_grad()
+            mean_loss(model(x), y).backward()
+            optimizer.step()
+        window = monitor.global_window()
+    assert window is not None
+    return {"said": list(window[NAME].details["not_proved"])}
 
 
 def last_pass(rank: int, world: int) -> dict[str, Any]:
@@ -591,8 +612,8 @@ def part_of_the_group(rank: int, world: int) -> dict[str, Any]:
 def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, ranks and work of each that needs so many."""
     two = (tensor_parallel, vocabulary, tied, logits_in_parts, checkpointed, every_second_step, late_call,
-           loaded_within, own_types, own_types_fsdp2, bias_whole, bias_cut, empty_batch, proved, last_pass, counted,
-           taken_back, other_samples, heads, heads_left_out, sequences, refused)  # fmt: skip
+           loaded_within, own_types, own_types_fsdp2, bias_whole, bias_cut, empty_batch, proved, late, last_pass,
+           counted, taken_back, other_samples, heads, heads_left_out, sequences, refused)  # fmt: skip
     for work in (
         two if ranks == 2 else (with_fsdp2, with_fsdp2_unequal, with_ddp, scores_alone, four_parts, part_of_the_group)
     ):

@@ -26,6 +26,7 @@ from lipcore.capture.proof_ranks import SHARDED_SINCE, Ranks
 from lipcore.capture.sample_ids import SampleIds
 from lipcore.capture.seeds import Begins, Seeds, seeds_of
 from lipcore.models.copies import Before
+from lipcore.models.dtensors import await_values
 from lipcore.models.gathered import is_spread, nothing_reduced
 from lipcore.models.memory import free_bytes
 from lipcore.models.named_output import OutputChoice
@@ -231,6 +232,7 @@ class Proofs:
             return {}
         if self.asked is None and self._ranks is not None and self._ranks.is_out and not known.reason:
             return {}  # proved when the user asked for it; this pass cannot be
+        await_values(tensors_of(output) if self.sharded else ())  # before ranks are counted that have announced it
         seen = None if is_clear(output, run.batch) else self._places.look(run, output)
         try:
             graph = Graph(run, output, self._sites)
