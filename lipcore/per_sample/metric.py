@@ -183,9 +183,8 @@ class PerSampleMetric(SampleObserver):
         scores: Any = self.loss_scores if losses else self.scores
         several = not isinstance(scores, SampleScores)
         own = list(scores) if several else [scores]
-        parts, group_found = self._window.parts, partners.find()
-        others = parts is not None and not parts.counts and group_found is not None
-        if others and parts is not None and group_found is not None and parts.ranks[0] in group_found.ranks:
+        parts, met = self._window.parts, partners.find()
+        if parts is not None and not parts.counts and met is not None and parts.ranks[0] in met.ranks:
             own = [SampleScores()]  # another rank has those of the same samples
         found = scores_of_all(partners, own, what, self._window.steps)
         return ScoreColumns.of(found) if several else found[0]

@@ -18,6 +18,7 @@ from sample_situations import (
     _per_layer,
     collectives,
     compared,
+    loaded_amid,
     mean_loss,
     merged,
     monitored,
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from lipcore import Monitor, PerSampleGradDots, PerSampleGradNorms, Trajectory
+from lipcore import PerSampleGradDots, PerSampleGradNorms, Trajectory
 
 VOCABULARY, PADDING, LENGTH = 12, 3, 5
 LAYERS = ("emb", "norm", "a", "b", "head")
@@ -167,23 +168,7 @@ def late_call(rank: int, world: int) -> dict[str, Any]:
 def loaded_within(rank: int, world: int) -> dict[str, Any]:
     """A state of the middle of a window holds what was not added up."""
     expected = Truth(made(Columns)).windows(data_of([0]))
-    model = planned(made(Columns), init_device_mesh("cpu", (world,)))
-    optimizer, monitor = monitored(model)
-    found = []
-    for step, (x, y) in enumerate(data_of([0])[0]):
-        if step == 2:
-            state = monitor.state_dict()
-            monitor.close()
-            metric = PerSampleGradNorms(loss_reduction="mean")
-            monitor = Monitor(model, optimizer, metrics=[metric], window_steps=WINDOW, timeout=20)
-            monitor.load_state_dict(state)
-        optimizer.zero_grad()
-        mean_loss(model(x), y).backward()
-        optimizer.step()
-        if (window := monitor.global_window()) is not None:
-            found.append(window)
-    monitor.close()
-    return compared(found, expected)
+    return compared(loaded_amid(planned(made(Columns), init_device_mesh("cpu", (world,))), data_of([0])[0]), expected)
 
 
 def proved(rank: int, world: int) -> dict[str, Any]:
