@@ -15,6 +15,7 @@ from lipcore.capture.self_calls import IN_ANOTHER_THREAD, OtherThreads, SelfCall
 from lipcore.capture.taps.input_alias import Source
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap, Record
+from lipcore.capture.taps.views import Part
 from lipcore.capture.training_pass import GRAPH_OF_GRADIENT, NOT_ACCUMULATED, accumulates_everything, in_backward
 from lipcore.models.torch_internals import queue_callback
 
@@ -32,8 +33,10 @@ class Check(Protocol):
 class Looks(Protocol):
     """A look at the outputs of sites in a pass."""
 
-    def take(self, site: Site, made: Tensor, output: Tensor, extra: Any, saved: tuple[Tensor, ...]) -> None:
-        """Take the output of a site; `made`: the tensor whose node made it."""
+    def take(
+        self, site: Site, made: Tensor, output: Tensor, part: Part | None, extra: Any, saved: tuple[Tensor, ...]
+    ) -> None:
+        """Take the output of a site; `made`: the tensor whose node made it, of which it is a part."""
 
 
 class MicroBatch:

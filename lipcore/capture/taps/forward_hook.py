@@ -20,6 +20,7 @@ from lipcore.capture.own_nodes import counted, note_begun
 from lipcore.capture.taps.collector import Collector, MicroBatch, inert_collector
 from lipcore.capture.taps.identity import Anchored, Probed, Summed
 from lipcore.capture.taps.site import Site
+from lipcore.capture.taps.views import Part, behind_in_place
 from lipcore.capture.training_pass import in_backward, is_plain_run
 
 
@@ -103,23 +104,23 @@ class ForwardHook:
             note_begun()
             output = result = Anchored.apply(output, self._anchor, site.in_place_after)  # type: ignore[no-untyped-call]
         saved, extra = site.save(micro.sources, module, arguments)
-        made, inner = output, in_backward() != -1
-        if site.in_place_after and output._is_view():
-            made = output._base  # an in-place activation would put a node of its own in the place of the view's
+        inner = in_backward() != -1
+        made, part = behind_in_place(output) if site.in_place_after else (output, None)
+        assert made.grad_fn is not None
         if micro.look is not None and not inner:
-            micro.look.take(site, made, output, extra, saved)
-        index, shape = made.output_nr, None if made is output else output.shape
+            micro.look.take(site, made, output, part, extra, saved)
+        index = made.output_nr
         # On the node and not on the tensor: a fifth of the cost, and an in-place activation cannot get between.
         if micro.probed:
             micro.nodes[site] = made.grad_fn, index
-        made.grad_fn.register_prehook(lambda grads: self._came_back(micro, grads[index], shape, extra, saved, inner))
+        made.grad_fn.register_prehook(lambda grads: self._came_back(micro, grads[index], part, extra, saved, inner))
         return result
 
     def _came_back(
         self,
         micro: MicroBatch,
         grad: Tensor | None,
-        shape: torch.Size | None,
+        part: Part | None,
         extra: Any,
         saved: tuple[Tensor, ...],
         inner: bool,
@@ -140,7 +141,7 @@ class ForwardHook:
         check = collector.check
         if check is not None and check.micro is micro and check.site is site and not inner:
             check.run(grad)
-        columns = site.reduce(grad if shape is None else grad.reshape(shape), extra, saved)
+        columns = site.reduce(grad if part is None else part.of(grad), extra, saved)
         if columns is None:
             return
         before = micro.columns.get(site)

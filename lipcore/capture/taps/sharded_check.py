@@ -26,6 +26,7 @@ from lipcore.capture.taps.input_alias import Source
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
 from lipcore.capture.taps.trial import Question, Trial, all_but, trial, two_of
+from lipcore.capture.taps.views import Part
 from lipcore.models.affine import is_affine
 from lipcore.models.chains import FIRST_LAYER_TYPES
 from lipcore.models.gathered import let_go, nothing_reduced
@@ -235,15 +236,18 @@ class Look:
         self._nodes: dict[Site, tuple[Any, int]] = {}
         self._values: dict[Site, Tensor] = {}
         self._saved: tuple[Any, tuple[Tensor, ...]] = (None, ())
+        self._part: Part | None = None
         self._runs = False
         self._found: Tensor | None = None
 
-    def take(self, site: Site, made: Tensor, output: Tensor, extra: Any, saved: tuple[Tensor, ...]) -> None:
-        """Take the output of a site; `made`: the tensor whose node made it."""
+    def take(
+        self, site: Site, made: Tensor, output: Tensor, part: Part | None, extra: Any, saved: tuple[Tensor, ...]
+    ) -> None:
+        """Take the output of a site; `made`: the tensor whose node made it, of which it is a part."""
         self._nodes[site] = made.grad_fn, made.output_nr
         self._values[site] = output.detach()
         if site is self._first:
-            self._saved = extra, saved
+            self._saved, self._part = (extra, saved), part
             made.register_hook(self._arrived)  # behind the one that gathers the layer's parameters
 
     @property
@@ -292,7 +296,8 @@ class Look:
 
     def _arrived(self, gradient: Tensor) -> None:
         if self._runs:
-            self._found = self._first.reduce(gradient.detach().reshape(self._values[self._first].shape), *self._saved)
+            gradient = gradient.detach() if self._part is None else self._part.of(gradient.detach())
+            self._found = self._first.reduce(gradient, *self._saved)
 
     def forget(self) -> None:
         """Let go of the pass's graph."""

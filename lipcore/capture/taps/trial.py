@@ -15,6 +15,7 @@ from lipcore.capture.checkpoints import is_reentrant_checkpoint
 from lipcore.capture.own_nodes import counted
 from lipcore.capture.taps.graph import Operations, goes_past, operations_of
 from lipcore.capture.taps.input_alias import Source
+from lipcore.capture.taps.views import behind_in_place
 from lipcore.capture.training_pass import in_backward
 from lipcore.models.gathered import kept_gathered, nothing_reduced
 from lipcore.models.inputs import exchanged, places_of
@@ -166,8 +167,7 @@ def _run(asked: Question) -> Trial:
 
     def ran(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         if in_backward() == -1:
-            # An in-place activation would put a node of its own in the place of a view's.
-            made = output._base if output._is_view() else output
+            made, _ = behind_in_place(output)
             on_input = bool(given) and bool(sources) and sources[0].holds(given[0])
             layers.append(_Ran(module, on_input, made.grad_fn, len(output) if output.dim() else 1))
 
