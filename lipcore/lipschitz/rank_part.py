@@ -11,6 +11,7 @@ import torch
 from lipcore.distributed.packed import Packed, Together
 from lipcore.lipschitz.weight_in_parts import WeightInParts
 from lipcore.lipschitz.window_facts import Facts
+from lipcore.metric.distribution import Distribution
 from lipcore.metric.rank_distributions import RankDistributions, distributions_of
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import MetricResult, weakest
@@ -29,6 +30,7 @@ class LipschitzPart(RankPart):
     Attributes:
         facts: of this rank; once the others have told theirs, of all.
         empty: a result without numbers.
+        counts: this rank is the one that adds its samples, of those that see the same ones (tensor parallelism).
     """
 
     agreed: dict[str, Any]
@@ -36,9 +38,10 @@ class LipschitzPart(RankPart):
     distributions: RankDistributions
     facts: Facts
     empty: MetricResult
+    counts: bool
 
     @classmethod
-    def of(cls, facts: Facts, holding: Holding, distributions: RankDistributions) -> LipschitzPart:
+    def of(cls, facts: Facts, holding: Holding, distributions: RankDistributions, *, counts: bool) -> LipschitzPart:
         """Return the part with these facts."""
         agreed = {
             "first_layer": facts.first_layer,
@@ -50,7 +53,7 @@ class LipschitzPart(RankPart):
             "first_weight": None if (parts := _weight_of(facts)) is None else parts.agreed,
             "sigma": None if parts is None else parts.asked,
         }
-        return cls(agreed, holding, distributions, facts, MetricResult(facts.name))
+        return cls(agreed, holding, distributions, facts, MetricResult(facts.name), counts)
 
     @property
     def nbytes(self) -> int:
@@ -92,17 +95,17 @@ class LipschitzPart(RankPart):
 
     def packed(self) -> Packed:
         """Return counts, what gives the singular values of a first weight in parts, and histograms."""
-        where = range(3)
-        counts = [float(self.facts.unrecorded or 0), float(self.facts.taken_back)]
+        samples = self.distributions if self.counts else RankDistributions([Distribution() for _ in range(3)])
+        where, counts = range(3), [float(self.facts.unrecorded or 0), float(self.facts.taken_back)]
         parts, owners = _weight_of(self.facts), self.holding.ownership
         counts_it = parts is not None and owners is not None and parts.name in owners.mine
         weight = torch.zeros(0, dtype=torch.float64, device="cpu") if parts is None else parts.addend(counts=counts_it)
 
         def sums(most: list[torch.Tensor]) -> list[torch.Tensor]:
-            numbers = torch.tensor(counts, dtype=torch.float64, device="cpu")
-            return [numbers, weight, *self.distributions.sums(where, most[0])]
+            numbers = torch.tensor(counts, dtype=torch.float64, device="cpu") * self.counts
+            return [numbers, weight, *samples.sums(where, most[0])]
 
-        return Packed(sums, [self.distributions.largest(where, 3)])
+        return Packed(sums, [samples.largest(where, 3)])
 
     def result(self, together: Together) -> MetricResult:
         """Return the constants at the samples of all ranks."""

@@ -23,6 +23,7 @@ from lipcore.metric.rank_part import FSDP1_PIECES, Holding, RankPart
 from lipcore.metric.results import Label, MetricResult
 from lipcore.models.names import class_before_sharding, named_modules, with_prefix
 from lipcore.models.ranks import is_fsdp1
+from lipcore.models.tensor_parallel import part_ranks
 
 
 class LipschitzResults(LipschitzRecords):
@@ -110,8 +111,10 @@ class LipschitzResults(LipschitzRecords):
             return "it watches no model: this is a copy, or no Monitor has bound it"
         if is_fsdp1(self._model):
             return FSDP1_PIECES
+        parts = part_ranks(self._model, self._model.named_parameters())
+        counts = parts is None or parts.counts  # others see the same samples
         distributions = RankDistributions(self._open.merged())
-        part = LipschitzPart.of(self._facts(sandwich=True), self._holding, distributions)
+        part = LipschitzPart.of(self._facts(sandwich=True), self._holding, distributions, counts=counts)
         self._follow([part, part.empty], True)
         return part
 

@@ -11,7 +11,15 @@ from lipschitz_situations import situations
 from rank_runs import Found, assert_right, run_situations
 
 pytestmark = pytest.mark.ci
-RIGHT = ("ddp", "unequal_batches", "fsdp2", "fsdp2_proved", "fsdp2_unequal", "fsdp2_chain")
+RIGHT = (
+    "ddp",
+    "unequal_batches",
+    "fsdp2",
+    "fsdp2_proved",
+    "fsdp2_unequal",
+    "fsdp2_chain",
+    "tensor_parallel_behind_first",
+)
 RIGHT_ON_FOUR = ("hsdp", "hsdp_proved", "subgroups", "group_of_some")
 #: What window.off says on both ranks, while other metrics are merged.
 LEFT_OUT = {
