@@ -11,12 +11,16 @@ from lipcore.layers.factor import Factor
 from lipcore.layers.factor_indexed import Indexed
 from lipcore.layers.registry import register
 from lipcore.layers.rule import Batch, Cut, Rule
-from lipcore.models.dtensors import local_of
+from lipcore.models.dtensors import is_one_block, local_of
 from lipcore.models.torch_internals import shard_of
 
 SCALED_BY_BATCH = (
     "scale_grad_by_freq=True divides a token's gradient by its number in the whole batch, so that samples are mixed; "
     "use scale_grad_by_freq=False"
+)
+NO_BLOCK = (
+    "this rank has rows of the table that are not one block of it (a packed parameter), and nobody knows here which "
+    "indices these belong to; on_unsupported='skip' leaves it out"
 )
 SUMS_OVER_INDICES = "sums over equal indices"
 
@@ -52,6 +56,8 @@ class EmbeddingRule(Rule):
         (rows, _), (first, _) = shard_of(weight)
         if rows == len(weight):
             return (indices,), batch
+        if not is_one_block(weight):
+            raise ValueError(NO_BLOCK)
         indices = local_of(indices) - first
         elsewhere = (indices < 0) | (indices >= rows)  # in the part of another rank
         if module.padding_idx is not None:

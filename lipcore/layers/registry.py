@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lipcore.layers.rule import Rule
+from lipcore.models.tensor_parallel import runs_in_parts
 
 _rules: dict[type[nn.Module], Rule] = {}
 # What a subclass may define anew without changing what the layer computes.
@@ -51,10 +52,15 @@ def rule_for(module: nn.Module) -> Rule | None:
     None where a subclass overrides forward or a method that forward uses, where forward was replaced on the object,
     and where a parametrization makes another tensor of the parameter than the one that is trained.
     """
-    if "forward" in vars(module) or parametrize.is_parametrized(module):
+    if is_replaced(module) or parametrize.is_parametrized(module):
         return None
     base = type_with_rule(module)
     return None if base is None or _redefined(type(module), base) else _rules[base]
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Return whether another function stands in the place of the module's forward, which may compute something else."""
+    return "forward" in vars(module) and not runs_in_parts(module)
 
 
 def type_with_rule(module: nn.Module) -> type[nn.Module] | None:
@@ -68,7 +74,7 @@ def why_no_rule(module: nn.Module) -> str:
     name = kind.__name__
     if base is None:
         return f"there is no rule for {name}"
-    if "forward" in vars(module):
+    if is_replaced(module):
         return (
             f"the forward() of this {name} was replaced on the object, and may compute something else than the rule "
             f"of {base.__name__} knows; `del module.forward` where the class's own will do, or write a class with a "

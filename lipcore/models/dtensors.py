@@ -31,6 +31,17 @@ def is_partial(tensor: Tensor) -> bool:
     return any(placement.is_partial() for placement in getattr(tensor, "placements", ()))
 
 
+def is_in_parts(tensor: Tensor) -> bool:
+    """Return whether ranks hold parts of a DTensor."""
+    return any(getattr(placement, "dim", None) is not None for placement in getattr(tensor, "placements", ()))
+
+
+def is_one_block(tensor: Any) -> bool:
+    """Return whether this rank's part of a DTensor is one block of it: of packed parameters each rank may have a piece
+    of each (`_StridedShard`)."""
+    return all(placement.is_shard() for placement in tensor.placements if getattr(placement, "dim", None) is not None)
+
+
 def placed_as(whole: Tensor, other: Any) -> Tensor:
     """Return a tensor as a DTensor that lies on the ranks as another one of its shape; itself where that is none. No
     collective: every rank has the whole."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipcore.models.chains import home_of
+from lipcore.models.dtensors import is_in_parts
 from lipcore.models.gathered import fully_sharded
 from lipcore.models.ranks import rank, under_process_group
 from lipcore.models.torch_internals import fsdp_groups
@@ -72,8 +74,8 @@ def part_ranks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> Pa
             if len(ranks) > 1 and not sharded.get(id(tensor), anywhere).issuperset(ranks):
                 groups.setdefault(ranks, handle)
                 on_mesh.add(name)
-                if placement.is_shard():
-                    cuts[name] = placement.dim
+                if (cut := getattr(placement, "dim", None)) is not None:
+                    cuts[name] = cut % tensor.dim()
     if not groups:
         return None
     if len(groups) > 1:
@@ -81,6 +83,19 @@ def part_ranks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> Pa
         raise ValueError(_SEVERAL.format(list(first), list(second)))
     ((ranks, handle),) = groups.items()
     return PartRanks(ranks, ranks.index(rank()), handle, cuts, frozenset(on_mesh))
+
+
+def runs_in_parts(module: nn.Module) -> bool:
+    """Return whether the function in the place of a module's forward calls the class's own on DTensors, since a plan of
+    transformers' (`tp_plan=`) has cut its parameters: it makes them of what comes in, and of what goes out what the
+    plan says, and changes no numbers."""
+    forward = vars(module).get("forward")
+    home = home_of(forward).split(".")
+    if home[0] != "transformers" or home[-1] != "tensor_parallel":
+        return False
+    inside = (cell.cell_contents for cell in getattr(forward, "__closure__", None) or ())
+    own = any(getattr(value, "__func__", None) is type(module).forward for value in inside)
+    return own and any(is_in_parts(p) for p in module._parameters.values() if p is not None)
 
 
 def averaging_ranks(model: nn.Module) -> list[set[int]]:

@@ -25,7 +25,7 @@ from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.other_outputs import watch, watch_probed, why_not
 from lipcore.capture.layers.packed import batch_of_call
 from lipcore.capture.layers.passes import Passes
-from lipcore.capture.layers.placed_call import Misplaced, check_inputs, cut_of, here
+from lipcore.capture.layers.placed_call import Misplaced, Placing, check_inputs, here
 from lipcore.capture.layers.site_functions import InertHook, Probed, Refused, Strayed, Tapped
 from lipcore.capture.own_nodes import counted
 from lipcore.capture.proof import is_proof
@@ -88,7 +88,7 @@ class LayerSite:
         # As attributes of its own: a compiled region looks at every attribute of what it reads these from.
         self._batch_dim, self._fused, self._normalized = options.batch_dim, options.fused, options.normalized
         self._method, self._signs = options.methods.get(name), signs
-        self._cut = None if parts is None else cut_of(rule, names, parts)
+        self._placing = None if parts is None else Placing.of(module, rule, names, parts)
 
     def __reduce__(self) -> tuple[Callable[[], InertHook], tuple[()]]:
         return InertHook, ()  # a copied or pickled model is not watched
@@ -155,7 +155,7 @@ class LayerSite:
                 raise ValueError(_COMPUTED)
             call = self._call_of(module, arguments, keywords, tensor, run.batches)
             if call.saved:
-                check_inputs(arguments, keywords, self._cut)
+                check_inputs(arguments, keywords, self._placing)
         except Exception as error:
             if inner and self._left_at < math.inf:
                 return None  # as in the forward pass
@@ -174,7 +174,7 @@ class LayerSite:
             passes.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
             return None
         watch(output, functools.partial(self._other_output_used, run))
-        fuses = self._fused and self._cut is None and can_fuse(self.rule, module, call.arguments, call.batch)
+        fuses = self._fused and self._placing is None and can_fuse(self.rule, module, call.arguments, call.batch)
         fuses = fuses and _site_of(tensor) is None and run.left_to_graph.isdisjoint(self.names.values())
         if not inner:
             run.tapped[self.number][-1] = "fused" if fuses else "passed on"
@@ -243,7 +243,7 @@ class LayerSite:
             return
         try:
             with torch.no_grad():
-                grad = here(grad, self._cut)
+                grad = here(grad, self._placing)
                 factors = self.rule.factors(self.module, grad, extra, *saved)
                 own = {self.names[key]: self._tuned(factor) for key, factor in factors.items() if key in self.names}
                 self.how = self.how or next((factor.how for factor in own.values() if factor.how), "")

@@ -8,16 +8,17 @@ other positions or samples (sequence parallelism), its rows make an addend of th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lipcore.capture.layers.coverage import ParameterCoverage
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.layers import Rule
 from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.rule import Cut
-from lipcore.models.dtensors import local_of
+from lipcore.models.dtensors import is_one_block, local_of
 from lipcore.models.tensor_parallel import PartRanks
 
 SKIP = "on_unsupported='skip' leaves its parameters out"
@@ -38,6 +39,10 @@ _WHOLE_BESIDE_CUT = (
     "(tensor parallelism), so that its gradient is gathered from them; cut it as the other one is, or " + SKIP
 )
 _NO_RULE = "is a DTensor (tensor parallelism), and no layer's rule measures it: {0}; " + SKIP
+_WHOLE_INPUT = (
+    "its input of shape {} is whole, and its parameters are those of {} of the features on this rank (tensor "
+    "parallelism that cuts what comes in within the layer); " + SKIP
+)
 _NOT_OF_PARTS = (
     "{0}: the model's parameters lie in parts on several ranks (tensor parallelism), which add up squared norms of "
     "whole gradients alone; leave it out"
@@ -57,6 +62,34 @@ _VIEWS = frozenset(
 
 class Misplaced(ValueError):
     """A call's tensors do not lie on the ranks as its parameters' gradients need it."""
+
+
+@dataclass(frozen=True)
+class Placing:
+    """How a layer's input and output lie, by the cuts of its parameters, and which of the features are this rank's.
+
+    Attributes:
+        features: of the whole input or output that is cut; 0: none is.
+        first, count: of these, the rank's own.
+    """
+
+    cut: Cut
+    features: int = 0
+    first: int = 0
+    count: int = 0
+
+    @classmethod
+    def of(cls, module: nn.Module, rule: Rule, names: Mapping[str, str], parts: PartRanks) -> Placing:
+        """Find it for a layer whose parameters are called `names` by key."""
+        cut = cut_of(rule, names, parts)
+        for key, name in names.items():
+            dim, parameter = parts.cuts.get(name), module._parameters.get(key)
+            if dim is not None and parameter is not None and rule.cuts.get(key, {}).get(dim) == cut != _WHOLE:
+                whole = parameter.shape[dim]
+                each = -(-whole // len(parts.ranks))  # as torch cuts, but for packed parameters
+                first = min(parts.place * each, whole)
+                return cls(cut, whole, first if is_one_block(parameter) else -1, min(each, whole - first))
+        return cls(cut)
 
 
 def cut_of(rule: Rule, names: Mapping[str, str], parts: PartRanks) -> Cut:
@@ -96,15 +129,17 @@ def leave_out_uncut(coverage: ParameterCoverage, parts: PartRanks) -> None:
             coverage.uncover(name, _NO_RULE.format(by_graph[name]))
 
 
-def check_inputs(arguments: Sequence[Any], keywords: Mapping[str, Any], cut: Cut | None) -> None:
+def check_inputs(arguments: Sequence[Any], keywords: Mapping[str, Any], placing: Placing | None) -> None:
     """Raise Misplaced where the tensors that a layer is called with do not lie as its rule says; ValueError where they
-    lie in parts and `cut` is None: no parameter of the model does."""
-    expected = cut and cut.input
+    lie in parts and `placing` is None: no parameter of the model does."""
+    expected = None if placing is None else placing.cut.input
     for value in (*arguments, *keywords.values()):
         if isinstance(value, Tensor):
-            placed = value if cut is None or hasattr(value, "placements") else _placed_before(value)
+            placed = value if placing is None or hasattr(value, "placements") else _placed_before(value)
             if placed is not None:
-                _check("its input", placed, expected, known=cut is not None)
+                _check("its input", placed, expected, known=placing is not None)
+            elif placing is not None and expected is not None and value.shape[expected] != placing.count:
+                raise Misplaced(_WHOLE_INPUT.format(list(value.shape), placing.count))
             expected = None  # the others are whole
 
 
@@ -119,13 +154,21 @@ def _placed_before(tensor: Tensor) -> Any:
     return None
 
 
-def here(grad: Tensor, cut: Cut | None) -> Tensor:
+def here(grad: Tensor, placing: Placing | None) -> Tensor:
     """Return this rank's values of the gradient at a layer's output; Misplaced where they are not what its parameters'
     gradient comes of. No collective."""
-    if cut is not None and cut.output is not None and hasattr(grad, "placements"):
-        grad = _cut_along(grad, cut.output)
-    _check("the gradient at its output", grad, cut and cut.output, known=cut is not None)
+    cut = None if placing is None else placing.cut.output
+    if placing is not None and cut is not None:
+        grad = _cut_along(grad, cut) if hasattr(grad, "placements") else _own_features(grad, placing, cut)
+    _check("the gradient at its output", grad, cut, known=placing is not None)
     return local_of(grad)
+
+
+def _own_features(grad: Tensor, placing: Placing, cut: int) -> Tensor:
+    """Return a rank's own features of a plain tensor, which a plan may have gathered within the layer's forward."""
+    if grad.shape[cut] == placing.count or grad.shape[cut] != placing.features or placing.first < 0:
+        return grad
+    return grad.narrow(cut, placing.first, placing.count)
 
 
 def _cut_along(grad: Any, cut: int) -> Any:
