@@ -73,7 +73,7 @@ def why_no_rule(module: nn.Module) -> str:
     kind, base = type(module), type_with_rule(module)
     name = kind.__name__
     if base is None:
-        return f"there is no rule for {name}"
+        return f"there is no rule for {name}" + ", whose forward() was replaced on the object" * is_replaced(module)
     if is_replaced(module):
         return (
             f"the forward() of this {name} was replaced on the object, and may compute something else than the rule "

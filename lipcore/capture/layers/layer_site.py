@@ -25,7 +25,7 @@ from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.other_outputs import watch, watch_probed, why_not
 from lipcore.capture.layers.packed import batch_of_call
 from lipcore.capture.layers.passes import Passes
-from lipcore.capture.layers.placed_call import Misplaced, Placing, check_inputs, here
+from lipcore.capture.layers.placed_call import Misplaced, Placing, check_inputs, here, own_inputs
 from lipcore.capture.layers.site_functions import InertHook, Probed, Refused, Strayed, Tapped
 from lipcore.capture.own_nodes import counted
 from lipcore.capture.proof import is_proof
@@ -153,6 +153,7 @@ class LayerSite:
                 raise ValueError(refusal)
             if any(getattr(module._parameters.get(key), "grad_fn", None) is not None for key in self.names):
                 raise ValueError(_COMPUTED)
+            arguments, keywords = own_inputs(arguments, keywords, self._placing)
             call = self._call_of(module, arguments, keywords, tensor, run.batches)
             if call.saved:
                 check_inputs(arguments, keywords, self._placing)

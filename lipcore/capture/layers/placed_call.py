@@ -39,9 +39,9 @@ _WHOLE_BESIDE_CUT = (
     "(tensor parallelism), so that its gradient is gathered from them; cut it as the other one is, or " + SKIP
 )
 _NO_RULE = "is a DTensor (tensor parallelism), and no layer's rule measures it: {0}; " + SKIP
-_WHOLE_INPUT = (
-    "its input of shape {} is whole, and its parameters are those of {} of the features on this rank (tensor "
-    "parallelism that cuts what comes in within the layer); " + SKIP
+_OTHER_FEATURES = (
+    "its input of shape {} has not the {} features that its parameters on this rank are for (tensor parallelism that "
+    "cuts what comes in within the layer); " + SKIP
 )
 _NOT_OF_PARTS = (
     "{0}: the model's parameters lie in parts on several ranks (tensor parallelism), which add up squared norms of "
@@ -66,11 +66,11 @@ class Misplaced(ValueError):
 
 @dataclass(frozen=True)
 class Placing:
-    """How a layer's input and output lie, by the cuts of its parameters, and which of the features are this rank's.
+    """Places of a layer's input and output on the ranks, by the cuts of its parameters.
 
     Attributes:
         features: of the whole input or output that is cut; 0: none is.
-        first, count: of these, the rank's own.
+        first, count: of these, the rank's own; -1: they are not one block.
     """
 
     cut: Cut
@@ -90,6 +90,27 @@ class Placing:
                 first = min(parts.place * each, whole)
                 return cls(cut, whole, first if is_one_block(parameter) else -1, min(each, whole - first))
         return cls(cut)
+
+    def own(self, tensor: Any, cut: int) -> Any:
+        """Return this rank's features of a plain tensor, which a plan may gather or cut within the layer's forward."""
+        if hasattr(tensor, "placements") or tensor.shape[cut] != self.features or self.first < 0:
+            return tensor
+        return tensor.narrow(cut, self.first, self.count)
+
+
+def own_inputs(
+    arguments: tuple[Any, ...], keywords: dict[str, Any], placing: Placing | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a layer's call with this rank's features of the first tensor."""
+    if placing is None or (cut := placing.cut.input) is None:
+        return arguments, keywords
+    for i, value in enumerate(arguments):
+        if isinstance(value, Tensor):
+            return (*arguments[:i], placing.own(value, cut), *arguments[i + 1 :]), keywords
+    for name, value in keywords.items():
+        if isinstance(value, Tensor):
+            return arguments, keywords | {name: placing.own(value, cut)}
+    return arguments, keywords
 
 
 def cut_of(rule: Rule, names: Mapping[str, str], parts: PartRanks) -> Cut:
@@ -139,7 +160,7 @@ def check_inputs(arguments: Sequence[Any], keywords: Mapping[str, Any], placing:
             if placed is not None:
                 _check("its input", placed, expected, known=placing is not None)
             elif placing is not None and expected is not None and value.shape[expected] != placing.count:
-                raise Misplaced(_WHOLE_INPUT.format(list(value.shape), placing.count))
+                raise Misplaced(_OTHER_FEATURES.format(list(value.shape), placing.count))
             expected = None  # the others are whole
 
 
@@ -159,16 +180,9 @@ def here(grad: Tensor, placing: Placing | None) -> Tensor:
     gradient comes of. No collective."""
     cut = None if placing is None else placing.cut.output
     if placing is not None and cut is not None:
-        grad = _cut_along(grad, cut) if hasattr(grad, "placements") else _own_features(grad, placing, cut)
+        grad = _cut_along(grad, cut) if hasattr(grad, "placements") else placing.own(grad, cut)
     _check("the gradient at its output", grad, cut, known=placing is not None)
     return local_of(grad)
-
-
-def _own_features(grad: Tensor, placing: Placing, cut: int) -> Tensor:
-    """Return a rank's own features of a plain tensor, which a plan may have gathered within the layer's forward."""
-    if grad.shape[cut] == placing.count or grad.shape[cut] != placing.features or placing.first < 0:
-        return grad
-    return grad.narrow(cut, placing.first, placing.count)
 
 
 def _cut_along(grad: Any, cut: int) -> Any:
