@@ -98,7 +98,7 @@ class RunRecord:
             self._check_model(model)
             make_table(self._connection)
             copy = backup if self._network is None else self._network.copy
-            self._tables = RecordTables(self._connection, self.path, copy, self.levels, self.config, self._limit)
+            self._tables = RecordTables(self._connection, self.path, copy, self.levels, self._limit)
             self._known = {row[0] for row in self._connection.execute("select distinct quantity from steps")}
         except Exception:
             self._connection.close()
@@ -126,13 +126,13 @@ class RunRecord:
 
     # ---- what is written; each returns at once
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, facts: Mapping[str, Any] | None = None) -> None:
         """Begin, or go on, behind this step: what the record has of later ones is removed, since they are made again.
 
         A run that begins anew, at step 0, where the file has an older one, gets a file of its own; the older one is
-        kept beside it."""
-        wall = time.time()
-        self._put(lambda: self._tables.begin(step, wall), alone=True, must=True)
+        kept beside it. `facts` of this beginning come to those of the run."""
+        wall, known = time.time(), {**self.config, **(facts or {})}
+        self._put(lambda: self._tables.begin(step, wall, known), alone=True, must=True)
 
     def add_steps(
         self,

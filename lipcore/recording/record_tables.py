@@ -29,7 +29,6 @@ class RecordTables:
         path: of the record, beside which an older run's is kept.
         copy: copies what there is to another file.
         levels: of the places of windows that are written.
-        config: facts about the run, as JSON has them.
         max_bytes: where the file grows beyond, older steps are folded.
 
     Attributes:
@@ -42,11 +41,10 @@ class RecordTables:
         path: Path,
         copy: Callable[[sqlite3.Connection, Path], None],
         levels: tuple[Level, ...],
-        config: Mapping[str, Any],
         max_bytes: int,
     ) -> None:
         self._connection, self._path, self._levels = connection, path, levels
-        self._config, self._limit, self._copy = config, max_bytes, copy
+        self._limit, self._copy = max_bytes, copy
         self.older = ""
         self._blocks, self._begun = 0, False
         self.look_again()
@@ -60,8 +58,9 @@ class RecordTables:
     def _execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         return self._connection.execute(sql, values)
 
-    def begin(self, step: int, wall: float) -> None:
-        """Begin, or go on, behind a step, at this time; what there is of later ones is removed."""
+    def begin(self, step: int, wall: float, config: Mapping[str, Any]) -> None:
+        """Begin, or go on, behind a step, at this time, with facts as JSON has them; what there is of later ones is
+        removed."""
         last = self.last()
         if step == 0 and last and not self._begun:
             self._set_aside()
@@ -72,7 +71,7 @@ class RecordTables:
             self._cut(step)
         self._execute(
             "insert into starts(kind, step, wall, config) values(?, ?, ?, ?)",
-            (kind, step, wall, json.dumps(self._config)),
+            (kind, step, wall, json.dumps(config)),
         )
         self._execute("commit")
         self._begun = True

@@ -38,6 +38,7 @@ class Recorder(Listener):
         self.record = record
         self._warn, self._step = warn, step
         self.on_alarm: Callable[[], None] = _nothing  #: told of an alarm, whose steps are to be in the file soon
+        self.facts: Callable[[], Mapping[str, Any]] = dict  #: what is known of the run when it begins or goes on
         self._begun = self._told = self._told_behind = False
         self._measured = np.zeros(0, bool)  # parameters that have had a norm
         self._older = ""
@@ -152,7 +153,7 @@ class Recorder(Listener):
     def state_loaded(self, step: int) -> None:
         self._step = step
         if self._begun:
-            self.record.begin(step)
+            self.record.begin(step, self.facts())
 
     def closed(self) -> None:
         self.record.close()
@@ -163,7 +164,7 @@ class Recorder(Listener):
     def _begin(self) -> None:
         if not self._begun:
             self._begun = True
-            self.record.begin(self._step)
+            self.record.begin(self._step, self.facts())
         self._tell()
 
     def _tell(self) -> None:

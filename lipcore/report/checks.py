@@ -32,7 +32,7 @@ class Check:
 
 def checks_of(facts: Facts, ratios: RatioMap | None) -> list[Check]:
     """Return all checks of a run, in the order of importance."""
-    return [_alarms(facts), _not_finite(facts), _sudden(ratios), *(check(facts) for check in _OTHERS)]
+    return [_alarms(facts), _not_finite(facts), _sudden(facts, ratios), *(check(facts) for check in _OTHERS)]
 
 
 def _alarms(facts: Facts) -> Check:
@@ -77,18 +77,19 @@ def _not_finite(facts: Facts) -> Check:
     return Check(name, "quiet", f"No NaN and no infinite value in {what or 'what was logged'}.")
 
 
-def _sudden(ratios: RatioMap | None) -> Check:
+def _sudden(facts: Facts, ratios: RatioMap | None) -> Check:
     """Check that no layer's updates become ten times larger or smaller at once, beyond what they did before."""
     name = "Sudden changes"
     if ratios is None or not np.isfinite(ratios.high).any():
         return Check(name, "not measured", "Nothing says how updates changed.", _TRAJECTORY)
     found, looked = ratios.sudden, ratios.looked
+    part = f" in {facts.covered.model}" if facts.covered.parts else ""
     if found is None and looked.first is None:
         said = f"Updates are compared with {looked.fewest:,} steps before them in which a layer moved: there are fewer."
         return Check(name, "not measured", said, f"train for more than {count(looked.fewest, 'step')}")
     if found is None:
         said = (
-            f"From step {looked.first:,} on, no layer's update over weight norm became ten times larger at once, "
+            f"From step {looked.first:,} on, no layer's update over weight norm{part} became ten times larger at once, "
             f"beyond the scatter and all of the {looked.before:,} steps before, or smaller for {looked.lasts:,} steps "
             "unlike the others."
         )
@@ -96,9 +97,9 @@ def _sudden(ratios: RatioMap | None) -> Check:
         return Check(name, "quiet", said + some)
     if np.isinf(found.times):
         still = "from here on" if found.still_to is None else f"from here to step {found.still_to:,}"
-        return Check(name, "fired", f"Step {found.step:,}, {in_words(found.place)}: {still} it does not move.")
+        return Check(name, "fired", f"Step {found.step:,}, {in_words(found.place)}: {still} it does not move{part}.")
     times = f"{number(found.times)} times {'larger' if found.larger else 'smaller'}"
-    said = f"Step {found.step:,}, {in_words(found.place)}: the update over the weight norm is {times} than before"
+    said = f"Step {found.step:,}, {in_words(found.place)}: the update over the weight norm{part} is {times} than before"
     shared = ", as in most layers: the batch, or a new learning rate?" if found.shared else "."
     return Check(name, "fired", said + shared)
 
@@ -129,14 +130,15 @@ def _loss(facts: Facts) -> Check:
     if len(means) == 1:
         said = f"The loss is {number(float(means[0]))} in all that was logged, which is too little to say more."
         return Check(name, "not measured", said, "call monitor.log(loss=loss) in more steps than one")
+    loss = f"The loss that {facts.covered.whose} logged" if facts.covered.several else "The loss"
     part = max(1, len(means) // 10)
     begin, end = float(means[:part].mean()), float(means[-part:].mean())
     said = f"from {number(begin)} to {number(end)} (means of the first and the last tenth)"
     if end >= begin:
-        return Check(name, "fired", f"The loss did not fall: it went {said}.")
+        return Check(name, "fired", f"{loss} did not fall: it went {said}.")
     fell = "hardly fell: it went" if number(begin) == number(end) else "fell"
     finite = ", while it was finite" if line.not_finite[0] else ""
-    return Check(name, "quiet", f"The loss {fell} {said}{finite}.")
+    return Check(name, "quiet", f"{loss} {fell} {said}{finite}.")
 
 
 def _metrics_off(facts: Facts) -> Check:
