@@ -63,7 +63,7 @@ class RecordTables:
         removed."""
         last = self.last()
         if step == 0 and last and not self._begun:
-            self._set_aside()
+            self.older = self.set_aside()
             last = 0
         kind = "rewind" if step < last else "resume" if last or self._begun else "start"
         self._execute("begin")
@@ -106,20 +106,32 @@ class RecordTables:
                 )
         self._execute("delete from steps where first > ? or last < first", (step,))
 
-    def _set_aside(self) -> None:
-        """Copy an older run's record to a file of another name, and empty this one: who is reading it goes on, which a
-        file that is renamed would not let him do."""
+    def has_later(self, step: int) -> bool:
+        """Return whether there is anything of a later step than this."""
+        events = self._execute("select max(step) from events").fetchone()[0]
+        return max(self.last(), int(events or 0)) > step
+
+    def take_back(self, step: int, wall: float, kind: str, text: str) -> None:
+        """Remove everything that is later than a step, and add that this happened there."""
+        self._execute("begin")
+        self._cut(step)
+        self.add_event(step, wall, kind, text, "{}")
+        self._execute("commit")
+
+    def set_aside(self) -> str:
+        """Copy an older run's record to a file of another name, which is returned, and empty this one: who is reading
+        it goes on, which a file that is renamed would not let him do."""
         number = 1
         while (older := self._path.with_name(f"{self._path.stem}-before-{number}.older")).exists():
             number += 1
         self._copy(self._connection, older)
-        self.older = older.name
         self._execute("begin")
         for table in ("starts", "steps", "windows", "events", "batches"):
             self._execute(f"delete from {table}")
         self._execute("insert or replace into meta values('older', ?)", (older.name,))
         self._execute("delete from meta where key = 'step_time'")
         self._execute("commit")
+        return older.name
 
     def _layout(self, text: str) -> int:
         if text not in self._layouts:

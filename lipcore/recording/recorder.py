@@ -41,7 +41,7 @@ class Recorder(Listener):
         self.facts: Callable[[], Mapping[str, Any]] = dict  #: what is known of the run when it begins or goes on
         self._begun = self._told = self._told_behind = False
         self._measured = np.zeros(0, bool)  # parameters that have had a norm
-        self._older = ""
+        self._older, self._left = "", 0
 
     def steps(self, first: int, arrays: StepArrays) -> None:
         """Add a Trajectory's numbers of single steps."""
@@ -175,6 +175,9 @@ class Recorder(Listener):
                 f"that file is {self._older} now. To go on from a checkpoint, call monitor.load_state_dict() before "
                 "the first step; for a run of its own choose another folder"
             )
+        for text in self.record.left[self._left :]:
+            self._left += 1
+            self._warn(f"run: {self.record.path.parent}: {text}")
         if bool(self.record.failed) != self._told:
             self._told = not self._told
             if self._told:

@@ -15,7 +15,7 @@ SINGLE_STEPS = "single_steps"
 
 @dataclass(frozen=True)
 class Covered:
-    """What the single steps of a record cover.
+    """Coverage of the single steps of a record: whose they are, and of how much of the model.
 
     Attributes:
         rank: whose they are.
@@ -41,7 +41,7 @@ class Covered:
 
     @property
     def model(self) -> str:
-        """What the norms of single steps are of, in words."""
+        """Name of what the norms of single steps are of."""
         return f"rank {self.rank}'s part of the model" if self.parts else "the whole model"
 
     def sentence(self) -> str:

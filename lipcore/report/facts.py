@@ -60,7 +60,7 @@ class Facts:
 
     @property
     def covered(self) -> Covered:
-        """What the single steps cover."""
+        """Coverage of the single steps."""
         return covered(self.starts, self.windows.scopes)
 
     @property

@@ -106,7 +106,7 @@ class WindowFacts:
 
     @property
     def model(self) -> str:
-        """What norms of windows are of, in words."""
+        """Name of what norms of windows are of."""
         parts = self.scopes.get("shard", 0)
         if not parts:
             return "the whole model"
