@@ -19,6 +19,7 @@ from lipcore.metric.protocol import Metric
 from lipcore.models.gathered import fully_sharded
 from lipcore.models.names import find_module
 from lipcore.models.ranks import is_sharded, world_size
+from lipcore.models.wrapped import note_wrapper
 from lipcore.monitor.monitor import Monitor
 from lipcore.monitor.watch import watch
 
@@ -77,6 +78,7 @@ class LightningCallback(Callback):  # type: ignore[misc]
             self.monitor._abandon()
         name = _called_by(pl_module) if self._module is None else self._module
         prefix, model = find_module(pl_module, name, "module") if name else ("", pl_module)
+        note_wrapper(model, trainer.strategy.model)
         self.monitor = watch(
             *(model, pl_module.optimizers()), run=self._run, metrics=self._metrics, prefix=prefix, **self._watching
         )
