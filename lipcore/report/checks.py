@@ -12,6 +12,7 @@ from lipcore.report.alarms_told import told, worst_first
 from lipcore.report.facts import Facts
 from lipcore.report.html import count, in_words, number
 from lipcore.report.ratio_map import RatioMap
+from lipcore.report.remedies import remedy_of
 from lipcore.report.section import with_metric
 
 State = Literal["fired", "quiet", "not measured"]
@@ -72,7 +73,8 @@ def _not_finite(facts: Facts) -> Check:
     if steps:
         return Check(name, "fired", f"Parameters were NaN or infinite after {count(int(steps), 'step')}.")
     if steps is None and not lines:
-        return Check(name, "not measured", "Nothing says whether all values were finite.", _TRAJECTORY)
+        remedy = remedy_of(facts, "trajectory", ["nonfinite_steps"], _TRAJECTORY)
+        return Check(name, "not measured", "Nothing says whether all values were finite.", remedy)
     what = " and ".join(["the loss"] * ("logged/loss" in lines) + ["the parameters"] * (steps is not None))
     return Check(name, "quiet", f"No NaN and no infinite value in {what or 'what was logged'}.")
 
@@ -108,7 +110,8 @@ def _unmoved(facts: Facts) -> Check:
     sums = facts.windows.sums.get(("trajectory", "unmoved_steps", "sum"))
     name = "Layers that do not move"
     if sums is None or not facts.windows.steps:
-        return Check(name, "not measured", "Nothing says which layers moved.", _TRAJECTORY)
+        remedy = remedy_of(facts, "trajectory", ["unmoved_steps"], _TRAJECTORY)
+        return Check(name, "not measured", "Nothing says which layers moved.", remedy)
     steps = facts.windows.steps - int(facts.windows.total("trajectory", "nonfinite_steps") or 0)
     still = [place for place, unmoved in sums.items() if place != "total" and steps > 0 and unmoved >= steps]
     if still:
@@ -145,10 +148,20 @@ def _metrics_off(facts: Facts) -> Check:
     name, off = "Metrics that stopped", facts.windows.off
     if not facts.windows.count:
         return Check(name, "not measured", "No window was recorded.", "a window closes after window_steps steps")
+    stopped = [(metric, found) for metric, found in off.items() if facts.windows.is_off(metric)]
+    if stopped:
+        metric, found = stopped[0]
+        more = f" ({', '.join(other for other, _ in stopped[1:])} too)" if len(stopped) > 1 else ""
+        since = f"since step {found.first_step:,} or later"
+        return Check(name, "fired", f"{metric} is off{more} {since}: {found.why}")
+    known = ", ".join(facts.windows.metrics) or "none"
     if off:
-        metric, (step, why) = next(iter(off.items()))
-        return Check(name, "fired", f"{metric} is off since step {step:,} or earlier: {why}")
-    return Check(name, "quiet", f"All metrics were on: {', '.join(facts.windows.metrics) or 'none'}.")
+        metric, found = next(iter(off.items()))
+        steps = f"in the window over steps {found.first_step:,} to {found.last_step:,}"
+        if found.windows > 1:
+            steps = f"in {count(found.windows, 'window')}, the last time up to step {found.last_step:,}"
+        return Check(name, "quiet", f"All metrics are on at the end: {known}. {metric} was off {steps}: {found.why}")
+    return Check(name, "quiet", f"All metrics were on: {known}.")
 
 
 def _record(facts: Facts) -> Check:

@@ -57,6 +57,16 @@ Key = tuple[str, str, str]  # metric, quantity, reducer
 
 
 @dataclass
+class Off:
+    """Windows in which a metric was off."""
+
+    first_step: int  #: of the last windows in a row
+    last_step: int
+    windows: int  #: of all
+    why: str  #: the last reason
+
+
+@dataclass
 class Doubt:
     """Numbers that are not what their key says, and why."""
 
@@ -76,13 +86,13 @@ class WindowFacts:
         self.sums: dict[Key, dict[str, float]] = {}  #: of the reducer "sum", over windows that do not overlap
         self.labels: dict[Key, str] = {}
         self.doubts: dict[tuple[str, str, str], Doubt] = {}  #: by metric, quantity and reason
-        self.off: dict[str, tuple[int, str]] = {}  #: metrics that were switched off: since which step, and why
+        self.off: dict[str, Off] = {}  #: metrics that were off in a window, or are
         self.details: dict[str, dict[str, Any]] = {}  #: what each metric said last
         self.metrics: dict[str, list[str]] = {}  #: quantities by metric
         self.scopes: dict[str, int] = {}  #: windows by what they cover
         self.whole: dict[str, list[tuple[int, float, float]]] = {}  #: last step, mean and greatest of :data:`NORMS`
         self.samples: list[float] = []  #: samples per step, as the per-sample metrics count them
-        self._counted_to, self._counts = first - 1, True
+        self._counted_to, self._counts, self._last_taken = first - 1, True, -1
         self._waiting: dict[Key, list[tuple[int, tuple[str, ...], tuple[str, ...], np.ndarray[Any, Any]]]] = {}
 
     def take(self, window: Window) -> None:
@@ -94,7 +104,11 @@ class WindowFacts:
         self.scopes[window.scope] = self.scopes.get(window.scope, 0) + 1
         self._take_whole(window)
         for metric, why in window.off.items():
-            self.off.setdefault(metric, (window.last_step, why))
+            before = self.off.get(metric)
+            goes_on = before is not None and before.last_step == self._last_taken
+            first = before.first_step if before is not None and goes_on else window.first_step
+            self.off[metric] = Off(first, window.last_step, 1 + (before.windows if before else 0), why)
+        self._last_taken = window.last_step
         for metric, result in window.results.items():
             self.details[metric] = dict(result.details)
             known = self.metrics.setdefault(metric, [])
@@ -103,6 +117,11 @@ class WindowFacts:
                     known.append(quantity)
                 for part in values.parts:
                     self._take_part(window, metric, quantity, part)
+
+    def is_off(self, metric: str) -> bool:
+        """Return whether a metric is off in the last window."""
+        found = self.off.get(metric)
+        return found is not None and found.last_step == self._last_taken
 
     @property
     def model(self) -> str:
