@@ -173,7 +173,8 @@ class Recorder(Listener):
             self._warn(
                 f"run: {self.record.path} had the record of an older run, and this one begins at its first step, so "
                 f"that file is {self._older} now. To go on from a checkpoint, call monitor.load_state_dict() before "
-                "the first step; for a run of its own choose another folder"
+                "the first step; torch's get_state_dict(model, optimizer) makes one to fill in the state of a new "
+                "optimizer, so call it before the Monitor is made too. For a run of its own choose another folder"
             )
         for text in self.record.left[self._left :]:
             self._left += 1
