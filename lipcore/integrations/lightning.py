@@ -12,12 +12,14 @@ try:
 except ImportError as error:
     raise ImportError("LightningCallback needs lightning; pip install 'lipcore[lightning]'") from error
 
+import torch
 from torch import Tensor, nn
 
 from lipcore.metric.protocol import Metric
 from lipcore.models.gathered import fully_sharded
 from lipcore.models.names import find_module
 from lipcore.models.ranks import is_sharded, world_size
+from lipcore.models.wrapped import note_wrapper
 from lipcore.monitor.monitor import Monitor
 from lipcore.monitor.watch import watch
 
@@ -36,7 +38,8 @@ class LightningCallback(Callback):  # type: ignore[misc]
     """Callback of Lightning's Trainer that watches and records its training:
     ``lightning.Trainer(callbacks=[lipcore.integrations.LightningCallback(run="runs/a")])``.
 
-    The loss that `training_step` returns is in the record. lipcore's state is in each checkpoint, beside that of other
+    The loss that `training_step` returns is in the record (with manual optimization, what `manual_backward` is given).
+    lipcore's state is in each checkpoint, beside that of other
     callbacks; ``trainer.fit(ckpt_path=...)`` goes on from it, and the record rewinds with it. Where ranks hold parts of
     the parameters (FSDP2) it is not there, since Lightning keeps that of rank 0 alone, and a warning says so. An
     exception, an alarm with ``stop=True`` and Ctrl-C close the record.
@@ -75,6 +78,7 @@ class LightningCallback(Callback):  # type: ignore[misc]
             self.monitor._abandon()
         name = _called_by(pl_module) if self._module is None else self._module
         prefix, model = find_module(pl_module, name, "module") if name else ("", pl_module)
+        note_wrapper(model, trainer.strategy.model)
         self.monitor = watch(
             *(model, pl_module.optimizers()), run=self._run, metrics=self._metrics, prefix=prefix, **self._watching
         )
@@ -85,9 +89,9 @@ class LightningCallback(Callback):  # type: ignore[misc]
             warnings.warn(_WITHOUT.format(trainer.global_step), RuntimeWarning, stacklevel=2)
 
     def on_before_backward(self, trainer: Any, pl_module: LightningModule, loss: Tensor) -> None:
-        """Record the loss of this micro-batch, as it was before Lightning divided it."""
+        """Record the loss of this micro-batch, as it was before Lightning divided and scaled it."""
         if self.monitor is not None:
-            self.monitor.log(loss=loss)
+            self.monitor._log({"loss": _returned(trainer, pl_module, loss)}, loss)
 
     def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """End: take the hooks off, and close the record."""
@@ -112,6 +116,18 @@ class LightningCallback(Callback):  # type: ignore[misc]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until the training begins."""
         self._loaded = state_dict.get("monitor")
+
+
+def _returned(trainer: Any, pl_module: LightningModule, loss: Tensor) -> Tensor:
+    """Return the loss that `training_step` made, of the one that Lightning calls backward() on: divided by the number
+    of micro-batches of a step where Lightning optimizes, also in steps that have fewer, and times the scaler's scale.
+    """
+    found = loss.detach()
+    found = found.to(torch.promote_types(found.dtype, torch.float32))
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None and scaler.is_enabled():
+        found = found / scaler.scale(torch.ones_like(found))  # the scale itself could only be had by waiting for it
+    return found * trainer.accumulate_grad_batches if pl_module.automatic_optimization else found
 
 
 def _called_by(pl_module: LightningModule) -> str:

@@ -23,6 +23,7 @@ except ImportError as error:
 from lipcore.integrations.totals import totals_of
 from lipcore.metric.protocol import Metric
 from lipcore.models.ranks import rank
+from lipcore.models.wrapped import note_wrapper
 from lipcore.monitor.defaults import default_metrics
 from lipcore.monitor.monitor import Monitor
 from lipcore.monitor.watch import watch
@@ -84,6 +85,9 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             metrics = default_metrics(model, optimizer, output="logits", has_calls=not args.torch_compile)
         config = {"training_arguments": args.to_sanitized_dict()} | dict(self._watching.get("config") or {})
         watching = self._watching | {"config": config}
+        trainer = self._trainer()
+        if trainer is not None:
+            note_wrapper(model, trainer.model_wrapped)
         self.monitor = watch(model, optimizer, run=self._run, metrics=metrics, **watching)
         self._thread = threading.get_ident()
         if self._run is not None:
@@ -141,13 +145,17 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Return whether this one's training goes on: further up here, or in another thread, as long as that lives."""
         if self._thread != threading.get_ident():
             return any(thread.ident == self._thread for thread in threading.enumerate())
+        return self._trainer() is not None
+
+    def _trainer(self) -> Trainer | None:
+        """Return the Trainer of this one whose training goes on further up here: callbacks are not given theirs."""
         frame = inspect.currentframe()
         while frame is not None:
             trainer = frame.f_locals.get("self")
             if isinstance(trainer, Trainer) and self in trainer.callback_handler.callbacks:
-                return True
+                return trainer
             frame = frame.f_back
-        return False
+        return None
 
     # ---- checkpoints
 

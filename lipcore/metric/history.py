@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 from lipcore.metric.values import suffix_maximum
 from lipcore.metric.window import Window
@@ -16,7 +16,7 @@ class History(deque[Window]):
     """The closed windows, oldest first; bounded by the Monitor's `history_limit` and `history_bytes`.
 
     Where a window more does not fit the bytes, what older ones keep for numbers that nobody has read (a copy of W_1)
-    goes first, then the oldest windows go. The last one always stays.
+    goes first, then the oldest windows go. The last one always stays. A slice is a list of windows.
     """
 
     def __init__(
@@ -30,6 +30,13 @@ class History(deque[Window]):
     def nbytes(self) -> int:
         """Bytes of memory of all windows, about."""
         return sum(window.nbytes for window in self)
+
+    @overload
+    def __getitem__(self, which: SupportsIndex, /) -> Window: ...
+    @overload
+    def __getitem__(self, which: slice, /) -> list[Window]: ...
+    def __getitem__(self, which: SupportsIndex | slice, /) -> Window | list[Window]:
+        return list(self)[which] if isinstance(which, slice) else super().__getitem__(which)
 
     def append(self, window: Window) -> None:
         """Add the latest window; the oldest go when there is no room."""

@@ -13,8 +13,9 @@ from lipcore.models.torch_internals import reduces_by_own_rule
 
 UNKNOWN = (
     "there are other ranks, and the model is no DistributedDataParallel and not fully_shard()ed here, so that nobody "
-    "knows whose samples are in its gradient; pass the wrapped module that your loop calls, or, where each rank trains "
-    "a model of its own, group=None to the Monitor"
+    "knows whose samples are in its gradient; pass the wrapped module that your loop calls (a trainer's callback finds "
+    "its DistributedDataParallel, and no other wrapper), or, where each rank trains a model of its own, "
+    "group=None to the Monitor"
 )
 _OWN_RULE = (
     "the {0} was given a rule of its own by which gradients are reduced (a communication hook, another divisor), so "

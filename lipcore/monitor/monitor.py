@@ -163,10 +163,14 @@ class Monitor(Alarmed):
             TypeError: no number.
             ValueError: a tensor of several numbers.
         """
+        self._log(numbers, numbers.get("loss"))
+
+    def _log(self, numbers: Mapping[str, Any], loss: Any) -> None:
+        """Take numbers, and hand the loss that backward() is called on to the metrics: what trainers have made of the
+        one that is logged, dividing and scaling it."""
         check_logged(numbers)
         self._stop_together(merges=True)
         self._failures.raise_kept()
-        loss = numbers.get("loss")
         if isinstance(loss, Tensor) and loss.grad_fn is not None:
             self._call(self.metrics.values(), lambda metric: metric.observe_loss(loss))
         if not (self._closed or self._failures.all_stopped):  # no step comes any more that they are of

@@ -10,12 +10,14 @@ from lipcore.alarms.alarms import Alarms
 from lipcore.alarms.event import AlarmStop
 from lipcore.metric.engine import Engine
 from lipcore.metric.optimizers import updating
+from lipcore.models.ranks import rank
 from lipcore.monitor.logged import Logged
 from lipcore.per_sample.grad_norms import PerSampleGradNorms
 from lipcore.recording.endings import Endings, EndKind
 from lipcore.recording.flight import Flight
 from lipcore.recording.recorder import Recorder
 from lipcore.recording.stopwatch import Stopwatch
+from lipcore.report.covered import SINGLE_STEPS
 from lipcore.trajectory.metric import Trajectory
 
 
@@ -56,6 +58,12 @@ class Recorded(Engine):
             if isinstance(metric, PerSampleGradNorms):
                 metric.listen(flight)
         self._flight, self._recorder = flight, recorder
+
+        def facts() -> dict[str, Any]:
+            monitor = here()
+            return {} if monitor is None else {SINGLE_STEPS: monitor._whose_steps()}
+
+        recorder.facts = facts
         self._stopwatch = Stopwatch(recorder.step_time)
         # The last closes the file, after what it is given.
         self._listeners += [endings, flight, self._stopwatch, recorder]
@@ -70,6 +78,12 @@ class Recorded(Engine):
                 monitor._failures.drop(AlarmStop)  # of a step that waited: one stops the loop
 
         self._failures.before_raise = stops
+
+    def _whose_steps(self) -> dict[str, Any]:
+        """Return what the single steps of this process cover, for who reads the record."""
+        scope = self._global.scope(self.model, self.metrics.values())
+        place = self._global.place
+        return {"scope": scope, "rank": rank(), "ranks": 1 if place.apart else place.ranks}
 
     def _hurry(self) -> None:
         """Have the steps around an alarm written soon: it may be the last that there is to see."""

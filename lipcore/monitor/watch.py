@@ -101,7 +101,13 @@ def watch(
         facts = {"model": type(made.model).__name__, "torch": torch.__version__, "rank": here}
         facts |= {"alarms": "off" if made.alarms is None else [*made.alarms.signals, "nonfinite"], **dict(config or {})}
         record = RunRecord(
-            run, rank=here, level=record_level, max_bytes=max_bytes, model=_fingerprint(made.model), config=facts
+            run,
+            rank=here,
+            ranks=world_size(),
+            level=record_level,
+            max_bytes=max_bytes,
+            model=_fingerprint(made.model),
+            config=facts,
         )
     except Exception:
         made.close()

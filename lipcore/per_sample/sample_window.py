@@ -13,6 +13,7 @@ from lipcore.distributed.rank_axis import Place
 from lipcore.metric.blocks import Block, BlockWindow, added_blocks, empty_blocks
 from lipcore.metric.state import checked_count, under_key
 from lipcore.models.tensor_parallel import PartRanks
+from lipcore.models.wrapped import outermost
 from lipcore.per_sample.doubts import Doubts, added_doubts
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.noise.noise_scale import NoiseScale
@@ -93,6 +94,7 @@ class SampleWindow:
 
     def estimate_noise(self, model: nn.Module | None, layers: LayerIndex, sums: NoiseSums, *, apart: bool) -> None:
         """Estimate the noise scale; `apart`: each rank trains a model of its own."""
+        model = None if model is None else outermost(model)
         places = len(layers.layers) + 1
         self.noise = self.noise or NoiseScale(places)
         numbers = [layers.number[layer] for layer in layers.layer_of.values()]

@@ -23,6 +23,7 @@ from lipcore.recording.batches import KEPT, Batch, add_batches, forget_norms, ma
 from lipcore.recording.excerpt import write_excerpt
 from lipcore.recording.location import Hold, of_a_network, record_path
 from lipcore.recording.pack import kept_places
+from lipcore.recording.ranks_left import take_back_ranks_left
 from lipcore.recording.record_tables import RecordTables
 from lipcore.recording.schema import RecordError, connect
 from lipcore.recording.step_time import add_step_time
@@ -46,6 +47,8 @@ class RunRecord:
     Args:
         run: folder of the run, which is made where it does not exist.
         rank: the number of the process.
+        ranks: how many processes write records of this run; the first, where it begins or goes on, takes back what
+            records of others in the folder have, from a run of more. None: not known, they are left alone.
         level: the finest places that are written: "group", or "tensor" for every parameter.
         max_bytes: where the file grows beyond, older steps are folded to minimum, mean and maximum of 64.
         model: what tells one model from another; a record of another one is refused.
@@ -61,6 +64,7 @@ class RunRecord:
         run: str | os.PathLike[str],
         *,
         rank: int = 0,
+        ranks: int | None = None,
         level: RecordLevel = "group",
         max_bytes: int = MAX_BYTES,
         model: str = "",
@@ -71,7 +75,8 @@ class RunRecord:
         self.config = checked_config(config)
         self.levels: tuple[Level, ...] = LEVELS if level == "tensor" else ("group", "total")
         self.path = record_path(run, rank)
-        self._limit = max_bytes
+        self._limit, self._ranks = max_bytes, ranks if rank == 0 else None
+        self.left: tuple[str, ...] = ()  #: what became of records of ranks that the run no longer has
         self._hold = Hold(self.path)
         self._network: NetworkCopy | None = None
         self.failed, self._again = "", 0.0  #: why nothing is written, and when that is tried again
@@ -98,7 +103,7 @@ class RunRecord:
             self._check_model(model)
             make_table(self._connection)
             copy = backup if self._network is None else self._network.copy
-            self._tables = RecordTables(self._connection, self.path, copy, self.levels, self.config, self._limit)
+            self._tables = RecordTables(self._connection, self.path, copy, self.levels, self._limit)
             self._known = {row[0] for row in self._connection.execute("select distinct quantity from steps")}
         except Exception:
             self._connection.close()
@@ -126,13 +131,13 @@ class RunRecord:
 
     # ---- what is written; each returns at once
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, facts: Mapping[str, Any] | None = None) -> None:
         """Begin, or go on, behind this step: what the record has of later ones is removed, since they are made again.
 
         A run that begins anew, at step 0, where the file has an older one, gets a file of its own; the older one is
-        kept beside it."""
-        wall = time.time()
-        self._put(lambda: self._tables.begin(step, wall), alone=True, must=True)
+        kept beside it. `facts` of this beginning come to those of the run."""
+        wall, known = time.time(), {**self.config, **(facts or {})}
+        self._put(lambda: self._begin(step, wall, known), alone=True, must=True)
 
     def add_steps(
         self,
@@ -291,6 +296,17 @@ class RunRecord:
         self._thread.put(work, soon=soon, alone=alone, always=always, must=must)
 
     # ---- the thread
+
+    def _begin(self, step: int, wall: float, config: Mapping[str, Any]) -> None:
+        self._tables.begin(step, wall, config)
+        if self._ranks is None:
+            return
+        said = take_back_ranks_left(self.path.parent, self._ranks, step)
+        if said:
+            what = "the run goes on" if step else "this run begins"
+            text = f"{what} with {self._ranks} rank{'s' * (self._ranks > 1)}: {'; '.join(said)}"
+            self._tables.add_event(step, wall, "ranks left", text, "{}")
+            self.left = (*self.left, text)
 
     def _has_failed(self, error: Exception) -> None:
         self._again = time.monotonic() + _AGAIN

@@ -29,7 +29,6 @@ class RecordTables:
         path: of the record, beside which an older run's is kept.
         copy: copies what there is to another file.
         levels: of the places of windows that are written.
-        config: facts about the run, as JSON has them.
         max_bytes: where the file grows beyond, older steps are folded.
 
     Attributes:
@@ -42,11 +41,10 @@ class RecordTables:
         path: Path,
         copy: Callable[[sqlite3.Connection, Path], None],
         levels: tuple[Level, ...],
-        config: Mapping[str, Any],
         max_bytes: int,
     ) -> None:
         self._connection, self._path, self._levels = connection, path, levels
-        self._config, self._limit, self._copy = config, max_bytes, copy
+        self._limit, self._copy = max_bytes, copy
         self.older = ""
         self._blocks, self._begun = 0, False
         self.look_again()
@@ -60,11 +58,12 @@ class RecordTables:
     def _execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         return self._connection.execute(sql, values)
 
-    def begin(self, step: int, wall: float) -> None:
-        """Begin, or go on, behind a step, at this time; what there is of later ones is removed."""
+    def begin(self, step: int, wall: float, config: Mapping[str, Any]) -> None:
+        """Begin, or go on, behind a step, at this time, with facts as JSON has them; what there is of later ones is
+        removed."""
         last = self.last()
         if step == 0 and last and not self._begun:
-            self._set_aside()
+            self.older = self.set_aside()
             last = 0
         kind = "rewind" if step < last else "resume" if last or self._begun else "start"
         self._execute("begin")
@@ -72,7 +71,7 @@ class RecordTables:
             self._cut(step)
         self._execute(
             "insert into starts(kind, step, wall, config) values(?, ?, ?, ?)",
-            (kind, step, wall, json.dumps(self._config)),
+            (kind, step, wall, json.dumps(config)),
         )
         self._execute("commit")
         self._begun = True
@@ -107,20 +106,32 @@ class RecordTables:
                 )
         self._execute("delete from steps where first > ? or last < first", (step,))
 
-    def _set_aside(self) -> None:
-        """Copy an older run's record to a file of another name, and empty this one: who is reading it goes on, which a
-        file that is renamed would not let him do."""
+    def has_later(self, step: int) -> bool:
+        """Return whether there is anything of a later step than this."""
+        events = self._execute("select max(step) from events").fetchone()[0]
+        return max(self.last(), int(events or 0)) > step
+
+    def take_back(self, step: int, wall: float, kind: str, text: str) -> None:
+        """Remove everything that is later than a step, and add that this happened there."""
+        self._execute("begin")
+        self._cut(step)
+        self.add_event(step, wall, kind, text, "{}")
+        self._execute("commit")
+
+    def set_aside(self) -> str:
+        """Copy an older run's record to a file of another name, which is returned, and empty this one: who is reading
+        it goes on, which a file that is renamed would not let him do."""
         number = 1
         while (older := self._path.with_name(f"{self._path.stem}-before-{number}.older")).exists():
             number += 1
         self._copy(self._connection, older)
-        self.older = older.name
         self._execute("begin")
         for table in ("starts", "steps", "windows", "events", "batches"):
             self._execute(f"delete from {table}")
         self._execute("insert or replace into meta values('older', ?)", (older.name,))
         self._execute("delete from meta where key = 'step_time'")
         self._execute("commit")
+        return older.name
 
     def _layout(self, text: str) -> int:
         if text not in self._layouts:

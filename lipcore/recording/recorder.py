@@ -38,9 +38,10 @@ class Recorder(Listener):
         self.record = record
         self._warn, self._step = warn, step
         self.on_alarm: Callable[[], None] = _nothing  #: told of an alarm, whose steps are to be in the file soon
+        self.facts: Callable[[], Mapping[str, Any]] = dict  #: what is known of the run when it begins or goes on
         self._begun = self._told = self._told_behind = False
         self._measured = np.zeros(0, bool)  # parameters that have had a norm
-        self._older = ""
+        self._older, self._left = "", 0
 
     def steps(self, first: int, arrays: StepArrays) -> None:
         """Add a Trajectory's numbers of single steps."""
@@ -152,7 +153,7 @@ class Recorder(Listener):
     def state_loaded(self, step: int) -> None:
         self._step = step
         if self._begun:
-            self.record.begin(step)
+            self.record.begin(step, self.facts())
 
     def closed(self) -> None:
         self.record.close()
@@ -163,7 +164,7 @@ class Recorder(Listener):
     def _begin(self) -> None:
         if not self._begun:
             self._begun = True
-            self.record.begin(self._step)
+            self.record.begin(self._step, self.facts())
         self._tell()
 
     def _tell(self) -> None:
@@ -172,8 +173,12 @@ class Recorder(Listener):
             self._warn(
                 f"run: {self.record.path} had the record of an older run, and this one begins at its first step, so "
                 f"that file is {self._older} now. To go on from a checkpoint, call monitor.load_state_dict() before "
-                "the first step; for a run of its own choose another folder"
+                "the first step; torch's get_state_dict(model, optimizer) makes one to fill in the state of a new "
+                "optimizer, so call it before the Monitor is made too. For a run of its own choose another folder"
             )
+        for text in self.record.left[self._left :]:
+            self._left += 1
+            self._warn(f"run: {self.record.path.parent}: {text}")
         if bool(self.record.failed) != self._told:
             self._told = not self._told
             if self._told:

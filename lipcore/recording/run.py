@@ -261,9 +261,16 @@ class Run(Showable):
 
     # ---- windows
 
+    def last_whole_window(self) -> Window | None:
+        """Return the newest window of all ranks, or of the only process; None where there is none."""
+        rows = self._file.rows("select max(last) from windows where scope = 'global'")
+        return next(self._windows_of(rows), None) if rows[0][0] is not None else None
+
     def each_window(self) -> Iterator[Window]:
         """Yield the closed windows, oldest first, one after the other."""
-        steps = self._file.rows("select last from windows order by last")
+        yield from self._windows_of(self._file.rows("select last from windows order by last"))
+
+    def _windows_of(self, steps: list[Any]) -> Iterator[Window]:
         texts = self._file.texts() if steps else {}
         for (step,) in steps:
             rows = self._file.rows(

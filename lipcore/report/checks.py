@@ -12,6 +12,7 @@ from lipcore.report.alarms_told import told, worst_first
 from lipcore.report.facts import Facts
 from lipcore.report.html import count, in_words, number
 from lipcore.report.ratio_map import RatioMap
+from lipcore.report.remedies import remedy_of
 from lipcore.report.section import with_metric
 
 State = Literal["fired", "quiet", "not measured"]
@@ -32,7 +33,7 @@ class Check:
 
 def checks_of(facts: Facts, ratios: RatioMap | None) -> list[Check]:
     """Return all checks of a run, in the order of importance."""
-    return [_alarms(facts), _not_finite(facts), _sudden(ratios), *(check(facts) for check in _OTHERS)]
+    return [_alarms(facts), _not_finite(facts), _sudden(facts, ratios), *(check(facts) for check in _OTHERS)]
 
 
 def _alarms(facts: Facts) -> Check:
@@ -72,23 +73,25 @@ def _not_finite(facts: Facts) -> Check:
     if steps:
         return Check(name, "fired", f"Parameters were NaN or infinite after {count(int(steps), 'step')}.")
     if steps is None and not lines:
-        return Check(name, "not measured", "Nothing says whether all values were finite.", _TRAJECTORY)
+        remedy = remedy_of(facts, "trajectory", ["nonfinite_steps"], _TRAJECTORY)
+        return Check(name, "not measured", "Nothing says whether all values were finite.", remedy)
     what = " and ".join(["the loss"] * ("logged/loss" in lines) + ["the parameters"] * (steps is not None))
     return Check(name, "quiet", f"No NaN and no infinite value in {what or 'what was logged'}.")
 
 
-def _sudden(ratios: RatioMap | None) -> Check:
+def _sudden(facts: Facts, ratios: RatioMap | None) -> Check:
     """Check that no layer's updates become ten times larger or smaller at once, beyond what they did before."""
     name = "Sudden changes"
     if ratios is None or not np.isfinite(ratios.high).any():
         return Check(name, "not measured", "Nothing says how updates changed.", _TRAJECTORY)
     found, looked = ratios.sudden, ratios.looked
+    part = f" in {facts.covered.model}" if facts.covered.parts else ""
     if found is None and looked.first is None:
         said = f"Updates are compared with {looked.fewest:,} steps before them in which a layer moved: there are fewer."
         return Check(name, "not measured", said, f"train for more than {count(looked.fewest, 'step')}")
     if found is None:
         said = (
-            f"From step {looked.first:,} on, no layer's update over weight norm became ten times larger at once, "
+            f"From step {looked.first:,} on, no layer's update over weight norm{part} became ten times larger at once, "
             f"beyond the scatter and all of the {looked.before:,} steps before, or smaller for {looked.lasts:,} steps "
             "unlike the others."
         )
@@ -96,9 +99,9 @@ def _sudden(ratios: RatioMap | None) -> Check:
         return Check(name, "quiet", said + some)
     if np.isinf(found.times):
         still = "from here on" if found.still_to is None else f"from here to step {found.still_to:,}"
-        return Check(name, "fired", f"Step {found.step:,}, {in_words(found.place)}: {still} it does not move.")
+        return Check(name, "fired", f"Step {found.step:,}, {in_words(found.place)}: {still} it does not move{part}.")
     times = f"{number(found.times)} times {'larger' if found.larger else 'smaller'}"
-    said = f"Step {found.step:,}, {in_words(found.place)}: the update over the weight norm is {times} than before"
+    said = f"Step {found.step:,}, {in_words(found.place)}: the update over the weight norm{part} is {times} than before"
     shared = ", as in most layers: the batch, or a new learning rate?" if found.shared else "."
     return Check(name, "fired", said + shared)
 
@@ -107,7 +110,8 @@ def _unmoved(facts: Facts) -> Check:
     sums = facts.windows.sums.get(("trajectory", "unmoved_steps", "sum"))
     name = "Layers that do not move"
     if sums is None or not facts.windows.steps:
-        return Check(name, "not measured", "Nothing says which layers moved.", _TRAJECTORY)
+        remedy = remedy_of(facts, "trajectory", ["unmoved_steps"], _TRAJECTORY)
+        return Check(name, "not measured", "Nothing says which layers moved.", remedy)
     steps = facts.windows.steps - int(facts.windows.total("trajectory", "nonfinite_steps") or 0)
     still = [place for place, unmoved in sums.items() if place != "total" and steps > 0 and unmoved >= steps]
     if still:
@@ -129,24 +133,35 @@ def _loss(facts: Facts) -> Check:
     if len(means) == 1:
         said = f"The loss is {number(float(means[0]))} in all that was logged, which is too little to say more."
         return Check(name, "not measured", said, "call monitor.log(loss=loss) in more steps than one")
+    loss = f"The loss that {facts.covered.whose} logged" if facts.covered.several else "The loss"
     part = max(1, len(means) // 10)
     begin, end = float(means[:part].mean()), float(means[-part:].mean())
     said = f"from {number(begin)} to {number(end)} (means of the first and the last tenth)"
     if end >= begin:
-        return Check(name, "fired", f"The loss did not fall: it went {said}.")
+        return Check(name, "fired", f"{loss} did not fall: it went {said}.")
     fell = "hardly fell: it went" if number(begin) == number(end) else "fell"
     finite = ", while it was finite" if line.not_finite[0] else ""
-    return Check(name, "quiet", f"The loss {fell} {said}{finite}.")
+    return Check(name, "quiet", f"{loss} {fell} {said}{finite}.")
 
 
 def _metrics_off(facts: Facts) -> Check:
     name, off = "Metrics that stopped", facts.windows.off
     if not facts.windows.count:
         return Check(name, "not measured", "No window was recorded.", "a window closes after window_steps steps")
+    stopped = [(metric, found) for metric, found in off.items() if facts.windows.is_off(metric)]
+    if stopped:
+        metric, found = stopped[0]
+        more = f" ({', '.join(other for other, _ in stopped[1:])} too)" if len(stopped) > 1 else ""
+        since = f"since step {found.first_step:,} or later"
+        return Check(name, "fired", f"{metric} is off{more} {since}: {found.why}")
+    known = ", ".join(facts.windows.metrics) or "none"
     if off:
-        metric, (step, why) = next(iter(off.items()))
-        return Check(name, "fired", f"{metric} is off since step {step:,} or earlier: {why}")
-    return Check(name, "quiet", f"All metrics were on: {', '.join(facts.windows.metrics) or 'none'}.")
+        metric, found = next(iter(off.items()))
+        steps = f"in the window over steps {found.first_step:,} to {found.last_step:,}"
+        if found.windows > 1:
+            steps = f"in {count(found.windows, 'window')}, the last time up to step {found.last_step:,}"
+        return Check(name, "quiet", f"All metrics are on at the end: {known}. {metric} was off {steps}: {found.why}")
+    return Check(name, "quiet", f"All metrics were on: {known}.")
 
 
 def _record(facts: Facts) -> Check:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lipcore.report.binned import Binned
+from lipcore.report.covered import Covered, covered
 from lipcore.report.largest_samples import LargestSamples
 from lipcore.report.left_out import LeftOut
 from lipcore.report.source import Block, Happened, Source, Started, StepTime
@@ -56,6 +57,11 @@ class Facts:
     def config(self) -> dict[str, Any]:
         """Facts about the run, as of its last start."""
         return dict(self.starts[-1].config) if self.starts else {}
+
+    @property
+    def covered(self) -> Covered:
+        """Coverage of the single steps."""
+        return covered(self.starts, self.windows.scopes)
 
     @property
     def alarms(self) -> list[Happened]:

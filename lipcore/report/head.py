@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 
 from lipcore.report.alarms_told import LIGHT, told, worst_first
 from lipcore.report.checks import Check
+from lipcore.report.covered import SINGLE_STEPS
 from lipcore.report.facts import Facts
 from lipcore.report.html import Html, Table, count, html, joined, name_of, number, tag
 from lipcore.report.section import Missing
@@ -93,6 +94,7 @@ def run_facts(facts: Facts) -> Html:
     config = facts.config
     said = [str(config[key]) for key in ("about", "model") if key in config]
     said += [count(facts.last_step, "step"), count(facts.windows.count, "window")]
+    said += [f"single steps of {facts.covered.whose}"] if facts.covered.several else []
     if facts.starts:
         begin, end = facts.starts[0].wall, max(facts.last_wall, facts.starts[-1].wall)
         said.append(f"{_time(begin)} to {_time(end, day=_time(begin)[:10] != _time(end)[:10])} UTC")
@@ -108,10 +110,14 @@ def run_facts(facts: Facts) -> Html:
         said.append(f"about {number(rate)} steps a second")
     rows: list[tuple[object, object]] = [("file", tag("bdi", facts.path))]
     rows += [] if timed is None else [("time of a step", timed)]
-    rows += [(tag("bdi", key), tag("bdi", _plain(value))) for key, value in config.items()]
+    rows += [(tag("bdi", key), tag("bdi", _plain(value))) for key, value in config.items() if key != SINGLE_STEPS]
     rows += [(f"{start.kind} at step {start.step:,}", f"{_time(start.wall)} UTC") for start in facts.starts]
     if facts.windows.scopes:
-        rows.append(("numbers of windows are of", ", ".join(sorted(_SCOPES[s] for s in facts.windows.scopes))))
+        scopes = sorted(facts.windows.scopes.items(), key=lambda pair: -pair[1])
+        each = [_SCOPES[scope] + f" ({count(many, 'window')})" * (len(scopes) > 1) for scope, many in scopes]
+        rows.append(("numbers of windows are of", ", ".join(each)))
+    if facts.covered.several:
+        rows.append(("numbers of single steps", facts.covered.sentence()))
     rows += [(metric, ", ".join(quantities)) for metric, quantities in facts.windows.metrics.items()]
     rows += [(f"{metric}, last window", _plain(said)) for metric, said in facts.windows.details.items() if said]
     others = [event for event in facts.events if event.kind not in ("alarm", LIGHT)]

@@ -12,6 +12,8 @@ from lipcore.metric.window import Window
 from lipcore.report.binned import Binned
 
 _BINS = 500
+#: Norms of which single steps may be one rank's part, and windows of all ranks have the whole model's.
+NORMS = ("grad_norm", "clipped_grad_norm", "update_norm")
 _TOGETHER = 256  # windows that are taken in at once
 
 #: Quantities and reducers that sections show, by metric.
@@ -55,6 +57,16 @@ Key = tuple[str, str, str]  # metric, quantity, reducer
 
 
 @dataclass
+class Off:
+    """Windows in which a metric was off."""
+
+    first_step: int  #: of the last windows in a row
+    last_step: int
+    windows: int  #: of all
+    why: str  #: the last reason
+
+
+@dataclass
 class Doubt:
     """Numbers that are not what their key says, and why."""
 
@@ -74,12 +86,13 @@ class WindowFacts:
         self.sums: dict[Key, dict[str, float]] = {}  #: of the reducer "sum", over windows that do not overlap
         self.labels: dict[Key, str] = {}
         self.doubts: dict[tuple[str, str, str], Doubt] = {}  #: by metric, quantity and reason
-        self.off: dict[str, tuple[int, str]] = {}  #: metrics that were switched off: since which step, and why
+        self.off: dict[str, Off] = {}  #: metrics that were off in a window, or are
         self.details: dict[str, dict[str, Any]] = {}  #: what each metric said last
         self.metrics: dict[str, list[str]] = {}  #: quantities by metric
-        self.scopes: set[str] = set()
+        self.scopes: dict[str, int] = {}  #: windows by what they cover
+        self.whole: dict[str, list[tuple[int, float, float]]] = {}  #: last step, mean and greatest of :data:`NORMS`
         self.samples: list[float] = []  #: samples per step, as the per-sample metrics count them
-        self._counted_to, self._counts = first - 1, True
+        self._counted_to, self._counts, self._last_taken = first - 1, True, -1
         self._waiting: dict[Key, list[tuple[int, tuple[str, ...], tuple[str, ...], np.ndarray[Any, Any]]]] = {}
 
     def take(self, window: Window) -> None:
@@ -88,9 +101,14 @@ class WindowFacts:
         self._counts = window.first_step > self._counted_to  # windows that slide have steps in common
         if self._counts:
             self.steps, self._counted_to = self.steps + window.steps, window.last_step
-        self.scopes.add(window.scope)
+        self.scopes[window.scope] = self.scopes.get(window.scope, 0) + 1
+        self._take_whole(window)
         for metric, why in window.off.items():
-            self.off.setdefault(metric, (window.last_step, why))
+            before = self.off.get(metric)
+            goes_on = before is not None and before.last_step == self._last_taken
+            first = before.first_step if before is not None and goes_on else window.first_step
+            self.off[metric] = Off(first, window.last_step, 1 + (before.windows if before else 0), why)
+        self._last_taken = window.last_step
         for metric, result in window.results.items():
             self.details[metric] = dict(result.details)
             known = self.metrics.setdefault(metric, [])
@@ -99,6 +117,42 @@ class WindowFacts:
                     known.append(quantity)
                 for part in values.parts:
                     self._take_part(window, metric, quantity, part)
+
+    def is_off(self, metric: str) -> bool:
+        """Return whether a metric is off in the last window."""
+        found = self.off.get(metric)
+        return found is not None and found.last_step == self._last_taken
+
+    @property
+    def model(self) -> str:
+        """Name of what norms of windows are of."""
+        parts = self.scopes.get("shard", 0)
+        if not parts:
+            return "the whole model"
+        if parts == self.count:
+            return "this rank's part of the model"
+        return f"the whole model in {self.count - parts:,} windows and of this rank's part in {parts:,}"
+
+    def _take_whole(self, window: Window) -> None:
+        trajectory = window.results.get("trajectory")
+        if trajectory is None or window.scope != "global":
+            return
+        for name in NORMS:
+            found = trajectory.get(name)
+            if found is not None and "total" in found and found["total"].mean.valid:
+                norm = found["total"]
+                self.whole.setdefault(name, []).append((window.last_step, norm.mean.value, norm.max.value))
+
+    def whole_norm(self, name: str) -> Binned | None:
+        """Return one of :data:`NORMS` of the whole model, means and greatest values of the windows of all ranks; None
+        where there is none."""
+        found = self.whole.get(name)
+        if not found:
+            return None
+        steps, means, greatest = (np.array(column) for column in zip(*found, strict=True))
+        line = Binned(self._first, self._last, _BINS)
+        line.add(steps.astype(np.int64), ["total"], means[:, None], None, greatest[:, None])
+        return line
 
     def _take_part(self, window: Window, metric: str, quantity: str, part: Columns) -> None:
         quantities = WANTED.get(metric, _NO_QUANTITY)

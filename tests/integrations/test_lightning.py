@@ -87,6 +87,58 @@ def test_it_records_the_training_and_leaves_it_as_it_is(tmp_path: Path, kind: ty
         assert (run.series("local_lipschitz.max").values > 0).all()
 
 
+class ByHand(Inside):
+    """One with manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+@pytest.mark.parametrize("kind", [Inside, ByHand])
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_the_loss_is_the_one_that_training_step_made(tmp_path: Path, kind: type[Inside], precision: str) -> None:
+    """Of steps of two and of three micro-batches, the last of an epoch having fewer; Lightning divides by the number
+    that was asked for, and scales. Norms of samples are read from what backward() is called on."""
+    made: list[float] = []
+
+    class Told(kind):  # type: ignore[misc,valid-type]
+        def training_step(self, batch: Any, index: int) -> Any:
+            loss = nnf.cross_entropy(self.net(batch[0]).float(), batch[1])
+            made.append(float(loss.detach()))
+            if kind is Inside:
+                return loss
+            self.manual_backward(loss)
+            if index % 2:
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+            return None
+
+    every = {0: 2, 1: 3} if kind is Inside else {}
+    norms = lipcore.PerSampleGradNorms(loss_reduction="auto")
+    callbacks: list[Any] = [
+        lipcore.integrations.LightningCallback(
+            run=tmp_path / "run", metrics=[lipcore.Trajectory(), norms], window_steps=1
+        )
+    ]
+    if every:
+        callbacks.append(lightning.pytorch.callbacks.GradientAccumulationScheduler(every))
+    more: dict[str, Any] = {}
+    if precision == "16-mixed":
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        more = {"plugins": lightning.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)}
+    trained(Told(), tmp_path, callbacks, **more)
+    parts = [2] * 4 + [3, 3, 2] if every else [2] * 8
+    expected = [np.mean(part) for part in np.split(np.array(made), np.cumsum(parts)[:-1])]
+    with lipcore.open_run(tmp_path / "run") as run:
+        found = run.series("loss")
+        assert found.steps.tolist() == list(range(1, len(parts) + 1))
+        assert np.allclose(found["total"], expected, rtol=1e-6, atol=0)
+        of_samples = [window["per_sample_grad_norm"].norm["total"].mean for window in run.windows]
+    assert sum(norm.count for norm in of_samples) == 128
+    assert all(0.1 < norm.value < 10 for norm in of_samples)
+
+
 def test_a_module_that_has_to_be_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="module: it cannot be told .* there are 'net', 'other'"):
         trained(Two(), tmp_path, [lipcore.integrations.LightningCallback()])

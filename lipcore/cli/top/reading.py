@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from lipcore.metric.window import Window
 from lipcore.recording.run import Event, Run
+from lipcore.report.covered import Covered, covered
+from lipcore.report.html import number
 from lipcore.report.stretch import Stretch, stretch
 
 Array = np.ndarray[Any, Any]
@@ -74,6 +77,8 @@ class Seen:
     trouble: str = ""  #: why it could not be read
     restarts: int = 0
     span: tuple[int, int] = field(default=(0, 0))  #: steps of the lines
+    covered: Covered = field(default_factory=Covered)
+    whole: str = ""  #: norms of the whole model, where the lines' are of a part
 
 
 class Pace:
@@ -105,6 +110,9 @@ def look(run: Run, pace: Pace, now: float | None = None) -> Seen:
         seen.restarts = len(starts) - 1 if starts else 0
         seen.rate = pace.rate(last, time.monotonic() if now is None else now, run.steps_per_second)
         seen.events = list(reversed(events))
+        seen.covered = covered(starts)
+        window = run.last_whole_window() if seen.covered.parts else None
+        seen.whole = "" if window is None else _whole(window)
         if not last:
             return seen
         first = max(run.first_step, last - STEPS + 1)
@@ -119,6 +127,19 @@ def look(run: Run, pace: Pace, now: float | None = None) -> Seen:
         if update is not None and weight is not None:
             seen.layers = _layers(update, weight)
     return seen
+
+
+def _whole(window: Window) -> str:
+    """Return the mean norms of the whole model in a window of all ranks, in words; "" where there are none."""
+    trajectory = window.results.get("trajectory")
+    said = []
+    for full, words in _TOTALS.items():
+        quantity = None if trajectory is None else trajectory.get(full.partition("/")[2])
+        norm = None if quantity is None or "total" not in quantity else quantity["total"]
+        value = None if norm is None else norm.get("mean") or norm.get("last")
+        if value is not None and value.valid:
+            said.append(f"{words} {number(value.value)}")
+    return f"whole model, steps {window.first_step:,} to {window.last_step:,}: {', '.join(said)}" if said else ""
 
 
 def _total(found: Stretch) -> Array:

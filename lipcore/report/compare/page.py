@@ -154,6 +154,11 @@ def _verdict(names: Sequence[str], facts: Sequence[Facts], parted: Sequence[Part
         "section",
         *said,
         tag("p", f"Losses: {'; '.join(losses)}.", class_="also"),
+        *(
+            tag("p", name_of(name), ": ", one.covered.sentence(), class_="also")
+            for name, one in zip(names, facts, strict=True)
+            if one.covered.several
+        ),
         table.html(),
         class_=f"verdict {state}",
         id="verdict",

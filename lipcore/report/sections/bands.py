@@ -5,6 +5,7 @@ from __future__ import annotations
 from lipcore.report.facts import Facts
 from lipcore.report.html import Table, name_of, number
 from lipcore.report.plots import Plots
+from lipcore.report.remedies import remedy_of
 from lipcore.report.section import Figure, Made, Missing, Section, with_metric
 
 _REDUCERS = {"p50": "median of a window", "p99": "99 % quantile", "max": "greatest"}
@@ -26,7 +27,7 @@ def update_bands(facts: Facts, plots: Plots) -> Made:
     if not lines:
         return Missing(
             "Update over weight norm by window",
-            with_metric("Trajectory()", ", and let a window close"),
+            remedy_of(facts, "trajectory", ["update_ratio"], with_metric("Trajectory()", ", and let a window close")),
         )
     plots.lines("bands", lines, "update / weight")
     middle = lines[0][1].usual(lines[0][2])
@@ -48,7 +49,7 @@ def update_bands(facts: Facts, plots: Plots) -> Made:
         else "In every step every place moved, and everything was finite."
     )
     table = Table(("place", *counts), rows, "Counted over all windows")
-    figure = Figure("bands", "Update over weight norm of the whole model, by window", sentence)
+    figure = Figure("bands", f"Update over weight norm of {windows.model}, by window", sentence)
     return Section(
         "updates", "Sizes of updates, and troubled steps", figures=[figure], sentences=[said], tables=[table]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lipcore.report.facts import Facts
 from lipcore.report.html import Table, name_of, number
 from lipcore.report.plots import Plots
+from lipcore.report.remedies import remedy_of
 from lipcore.report.section import Figure, Made, Missing, Section, with_metric
 
 _REDUCERS = {"mean": "mean", "p99": "99 % quantile", "max": "greatest"}
@@ -43,10 +44,8 @@ def lipschitz(facts: Facts, plots: Plots) -> Made:
             assert line is not None
             rows.append((words, name_of(place), *map(number, line.first_and_last(column)), worth))
     if not figures and not rows:
-        return Missing(
-            "Local Lipschitz constants",
-            with_metric("Lipschitz()", ", for a model that returns a tensor"),
-        )
+        remedy = with_metric("Lipschitz()", ", for a model that returns a tensor")
+        return Missing("Local Lipschitz constants", remedy_of(facts, "lipschitz", ["local_lipschitz"], remedy))
     notes = []
     if label == "one-sided":
         notes.append("One-sided: at most the true constant. It is exact for a model with one output per sample.")

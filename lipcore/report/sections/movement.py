@@ -8,6 +8,7 @@ from lipcore.report.binned import Binned
 from lipcore.report.facts import Facts
 from lipcore.report.html import Html, Table, name_of, number, tag
 from lipcore.report.plots import Plots
+from lipcore.report.remedies import remedy_of
 from lipcore.report.section import Figure, Made, Missing, Section, with_metric
 
 _MOST = 10
@@ -22,7 +23,9 @@ def most_changed(facts: Facts, plots: Plots) -> Made:
     path = next((found for name in _PATHS if (found := windows.get("trajectory", name, "cumulative"))), None)
     moved, what = (distance, "distance from the start") if distance is not None else (path, "length of the way")
     if weights is None or moved is None:
-        return Missing("Places that changed most", with_metric("Trajectory()", ", and let a window close"))
+        remedy = with_metric("Trajectory()", ", and let a window close")
+        needed = ["weight_norm"] * (weights is None) + ["path_length"] * (moved is None)
+        return Missing("Places that changed most", remedy_of(facts, "trajectory", needed, remedy))
     rows = []
     ratios = facts.ratios
     for place, column in _places(moved):
@@ -69,7 +72,8 @@ def way(facts: Facts, plots: Plots) -> Made:
     lines = [(name, line) for name, line in (("distance", distance), ("path length", path)) if line is not None]
     lines = [(name, line) for name, line in lines if "total" in line.places]
     if not lines:
-        return Missing("Distance and path", with_metric('Trajectory(mode="exact")', ', or mode="sketch"'))
+        remedy = with_metric('Trajectory(mode="exact")', ', or mode="sketch"')
+        return Missing("Distance and path", remedy_of(facts, "trajectory", ["path_length"], remedy))
     figures = []
     plots.lines("way", [(name, line, line.places.index("total")) for name, line in lines], "norm")
     said = "; ".join(

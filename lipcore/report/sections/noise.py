@@ -10,6 +10,7 @@ from lipcore.report.binned import Binned
 from lipcore.report.facts import Facts
 from lipcore.report.html import Table, name_of, number
 from lipcore.report.plots import Plots
+from lipcore.report.remedies import remedy_of
 from lipcore.report.section import Figure, Made, Missing, Section, with_metric
 
 _METRIC, _NAME = "per_sample_grad_norm", "noise_scale"
@@ -18,6 +19,7 @@ _METRIC, _NAME = "per_sample_grad_norm", "noise_scale"
 def noise_scale(facts: Facts, plots: Plots) -> Made:
     """Show the noise scale as a word, with its interval, and over the run."""
     remedy = with_metric('PerSampleGradNorms(loss_reduction="auto")', "; batches need 2 samples")
+    remedy = remedy_of(facts, _METRIC, [_NAME], remedy)
     found = [facts.windows.get(_METRIC, _NAME, reducer) for reducer in ("lower", "mean", "upper")]
     low, mean, high = found
     if mean is None or "total" not in mean.places:
@@ -25,7 +27,7 @@ def noise_scale(facts: Facts, plots: Plots) -> Made:
     column = mean.places.index("total")
     last = np.flatnonzero(mean.count[:, column] > 0)
     if not len(last):
-        return Missing("Gradient noise scale", f"{remedy}; here no window had a valid one")
+        return Missing("Gradient noise scale", remedy)
     at = int(last[-1])
     value = float(mean.mean[at, column])
     ends = _at(low, at), _at(high, at)

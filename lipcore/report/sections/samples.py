@@ -10,6 +10,7 @@ from lipcore.report.binned import Binned
 from lipcore.report.facts import Facts
 from lipcore.report.html import Table, count, name_of, number
 from lipcore.report.plots import Plots
+from lipcore.report.remedies import remedy_of
 from lipcore.report.section import Figure, Made, Missing, Section, with_metric
 
 _METRIC = "per_sample_grad_norm"
@@ -24,10 +25,8 @@ def sample_norms(facts: Facts, plots: Plots) -> Made:
         if line is not None and "total" in line.places:
             lines.append((words, line, line.places.index("total")))
     if not lines and not facts.samples.by:
-        return Missing(
-            "Gradient norms of single samples",
-            with_metric('PerSampleGradNorms(loss_reduction="auto")'),
-        )
+        remedy = with_metric('PerSampleGradNorms(loss_reduction="auto")')
+        return Missing("Gradient norms of single samples", remedy_of(facts, _METRIC, ["norm"], remedy))
     figures = [_quantiles(facts, plots, lines)] if lines else []
     notes = []
     missing = facts.windows.get(_METRIC, "norm", "missing")

@@ -10,6 +10,7 @@ from lipcore.report.binned import Binned
 from lipcore.report.facts import Facts
 from lipcore.report.html import Table, name_of, number
 from lipcore.report.plots import Plots
+from lipcore.report.remedies import remedy_of
 from lipcore.report.section import Made, Missing, Section, with_metric
 
 _KINDS = {"parameter": "Parameters", "gradient": "Gradients", "output": "Outputs of modules"}
@@ -38,7 +39,8 @@ def tensor_statistics(facts: Facts, plots: Plots) -> Made:
             rows_ = [(name_of(place), *map(number, line.first_and_last(i))) for i, place in enumerate(line.places)]
             tables.append(Table(("place", "first window", "last"), rows_, title))
     if not tables:
-        return Missing("Statistics of parameters, gradients and outputs", with_metric("TensorStats()"))
+        remedy = remedy_of(facts, "tensor_stats", list(_KINDS), with_metric("TensorStats()"))
+        return Missing("Statistics of parameters, gradients and outputs", remedy)
     return Section(
         "tensors", "What is in the tensors", ["From sampled steps; shares of zeros are of all elements."], tables=tables
     )

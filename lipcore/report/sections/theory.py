@@ -5,6 +5,7 @@ from __future__ import annotations
 from lipcore.report.facts import Facts
 from lipcore.report.html import Html, Table, number, tag
 from lipcore.report.plots import Plots
+from lipcore.report.remedies import remedy_of
 from lipcore.report.section import Figure, Made, Missing, Section, with_metric
 from lipcore.report.statements import Statement
 
@@ -25,7 +26,8 @@ def theory(facts: Facts, plots: Plots) -> Made:
         why = next((why for why in facts.unread if why.startswith("theory: ")), "theory: no window has a ratio r")
         return Missing("What theory says", f"nothing, though the windows have lipschitz ({why})")
     if not facts.theory:
-        return Missing("What theory says", with_metric("Lipschitz()", ", for a model whose first layer is a Linear"))
+        remedy = with_metric("Lipschitz()", ", for a model whose first layer is a Linear")
+        return Missing("What theory says", remedy_of(facts, "lipschitz", ["normalized_gradient_norm"], remedy))
     valid = sum(one.value.valid for one in facts.theory)
     said = f"{valid} of {len(facts.theory)} numbers about the whole run are valid"
     said += "." if valid == len(facts.theory) else "; the others are grey, each with the reason."

@@ -31,12 +31,8 @@ def training(facts: Facts, plots: Plots, ratios: RatioMap | None) -> tuple[Secti
         figures += ratios.figures(plots)
     else:
         missing.append(Missing("Updates of each layer", with_metric("Trajectory()", ", or no metrics at all")))
-    norms = {words: facts.lines[name] for name, words in _NORMS.items() if name in facts.lines}
-    if norms:
-        plots.lines("norms", [(words, line, 0) for words, line in norms.items()], "norm")
-        said = joined([_sentence(f"The {words}", line) for words, line in norms.items()], " ")
-        figures.append(Figure("norms", "Gradient and update norm of the whole model", said, _table(norms)))
-    notes: list[object] = []
+    figures += _norms(facts, plots)
+    notes: list[object] = [facts.covered.sentence()] if facts.covered.several and facts.lines else []
     others = {
         name.partition("/")[2]: line
         for name, line in facts.lines.items()
@@ -69,14 +65,34 @@ def training(facts: Facts, plots: Plots, ratios: RatioMap | None) -> tuple[Secti
 _MOST_LOGGED = 6
 
 
-def _sentence(what: str, line: Binned) -> Html:
+def _norms(facts: Facts, plots: Plots) -> list[Figure]:
+    """Return the figure of the norms by step; where those are of a part of the model, behind the one of the whole
+    model's by window."""
+    norms = {words: facts.lines[name] for name, words in _NORMS.items() if name in facts.lines}
+    found = {words: facts.windows.whole_norm(name.partition("/")[2]) for name, words in _NORMS.items()}
+    whole = {words: line for words, line in found.items() if line is not None} if facts.covered.parts else {}
+    figures = []
+    if whole:
+        plots.lines("norms-whole", [(words, line, 0) for words, line in whole.items()], "norm")
+        said = joined([_sentence(f"The {words}", line, of_windows=True) for words, line in whole.items()], " ")
+        title = "Gradient and update norm of the whole model: mean and greatest of each window of all ranks"
+        figures.append(Figure("norms-whole", title, said))
+    if norms:
+        plots.lines("norms", [(words, line, 0) for words, line in norms.items()], "norm")
+        said = joined([_sentence(f"The {words}", line) for words, line in norms.items()], " ")
+        figures.append(Figure("norms", f"Gradient and update norm of {facts.covered.model}", said, _table(norms)))
+    return figures
+
+
+def _sentence(what: str, line: Binned, *, of_windows: bool = False) -> Html:
     means = line.mean[:, 0]
     there = means[line.count[:, 0] > 0]
     if not len(there):
         return joined([f"{what} has no finite number in this record."])
     low, _, high = line.span(0)
     said = f"{what} went from {number(there[0])} to {number(there[-1])}"
-    said += f"; its greatest value is {number(high)}, at step {line.step_of_greatest(0):,}" if high > low else ""
+    where = "in a step of the window up to" if of_windows else "at"
+    said += f"; its greatest value is {number(high)}, {where} step {line.step_of_greatest(0):,}" if high > low else ""
     if line.not_finite[0] and what == "The loss":
         said += (
             f"; it is not finite in {line.not_finite[0]:,} steps, for the first time at {line.first_not_finite[0]:,}"
