@@ -72,6 +72,10 @@ class HeadBounds(Extra):
         self._queries: Tensor | None = None
         self._keys: Tensor | None = None
 
+    @classmethod
+    def described(cls, place: str, sums: int, most: int, *, named: bool) -> HeadBounds:
+        return cls(place, "", "", most, None, None, named=named, flat=True)
+
     @property
     def rule(self) -> str:
         whose = self._query if self._query == self._key else f"{self._query}, {self._key}"

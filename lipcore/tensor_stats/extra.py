@@ -28,6 +28,7 @@ class Extra(ABC):
     Attributes:
         modules: names of the modules whose outputs it reads.
         problem: why it has no numbers, once an output did not fit.
+        named: the user has named what is read; else it was found.
     """
 
     kind: str
@@ -36,6 +37,12 @@ class Extra(ABC):
     sums: int
     most: int
     problem: str = ""
+    named: bool = True
+
+    @classmethod
+    @abstractmethod
+    def described(cls, place: str, sums: int, most: int, *, named: bool) -> Extra:
+        """Make one that stands for another rank's, and reads nothing here."""
 
     @property
     @abstractmethod

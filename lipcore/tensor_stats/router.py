@@ -39,6 +39,10 @@ class RouterShares(Extra):
         self.modules = (place,)
         self.sums, self.most = experts + 2, 0
 
+    @classmethod
+    def described(cls, place: str, sums: int, most: int, *, named: bool) -> RouterShares:
+        return cls(place, sums - 2, 1, named=named)
+
     @property
     def rule(self) -> str:
         return f"top {self.top_k} of {self.experts} logits{'' if self.named else ', found by name'}"

@@ -51,6 +51,7 @@ def truth(count: int, clip: float, mean: bool) -> list[dict[str, float]]:
             x = layer[0](x)  # type: ignore[index]
             elements.setdefault(f"output/{name}.0", []).append(x.detach().flatten())
             x = torch.tanh(x)
+            elements.setdefault(f"output/{name}", []).append(x.detach().flatten())
         (F.mse_loss(x, y) * (1 if mean else MICRO_BATCHES)).backward()
         for name, parameter in stages.named_parameters():
             assert parameter.grad is not None
@@ -109,17 +110,13 @@ def scheduled(rank: int, world: int, name: str, clip: float = 0.5, mean: bool = 
                 windows.append(window)
         history = list(monitor.history)
     expected = truth(count, clip, mean)
-    merged = [{key: n for key, n in each.items() if "output" not in key} for each in expected]
+    merged = [{key: n for key, n in each.items() if prefix or "output" not in key} for each in expected]
     local = [
         {key: n for key, n in each.items() if "/output" in key and prefix and f"/{prefix}." in key} for each in expected
     ]
     passes = [window["tensor_stats"].details.get("forward_passes") for window in history]
-    alone = errors(history, [_without_prefix(each) for each in local])
-    return errors(windows, merged) | {"outputs": alone, "passes": passes, "other_methods": _methods()}
-
-
-def _without_prefix(numbers: Mapping[str, float]) -> dict[str, float]:
-    return {key.rpartition("/")[0] + "/" + key.rpartition(".")[2]: number for key, number in numbers.items()}
+    outputs = errors(history, local)
+    return errors(windows, merged) | {"outputs": outputs, "passes": passes, "other_methods": _methods()}
 
 
 def _methods() -> list[str]:
