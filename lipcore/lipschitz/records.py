@@ -71,6 +71,9 @@ class LipschitzRecords(LipschitzWindow):
         if self._virtual_bias is not None:
             self._virtual_bias.observe_gradients()
 
+    def observe_divided_gradients(self) -> None:
+        """Leave it: a bias that no layer has is divided by nobody, so its path is not known then."""
+
     def observe_used_gradients(self, optimizer: Optimizer) -> None:
         if self._virtual_bias is not None:
             self._virtual_bias.observe_used_gradients(optimizer)

@@ -185,7 +185,8 @@ class Engine(EngineHooks):
         self._step_end.take_waiting()
         windows = copy(self._windows)
         windows.final = windows.final if self._failures.all_stopped else self._so_far()
-        gone = ("model", "_scaler", "_scaled", "_clock", "_load_watch", "_gradient_watch", "_step_end", "_capture")
+        watches = ("_clock", "_load_watch", "_gradient_watch", "_stage_watch", "_step_end", "_capture")
+        gone = ("model", "_scaler", "_scaled", *watches)
         none: dict[str, list[Any]] = {
             name: []
             for name in (

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lipcore.capture.layers.layer_capture import LayerCapture
 from lipcore.capture.outputs import OutputWatch
 from lipcore.capture.parameters import LoadWatch, WeakCall
+from lipcore.capture.pipeline_stages import StageWatch
 from lipcore.capture.taps.tap_capture import Capture
 from lipcore.distributed.group import AUTO
 from lipcore.metric.clock import Calls, Clock, ScaledSteps
@@ -160,6 +161,7 @@ class EngineHooks(EngineSteps):
         if self._scaler is not None and self._optimizers:
             self._scaled = ScaledSteps(self._scaler, self._clock, self._after_skipped_step)
         self._watch_gradients()
+        self._stage_watch = StageWatch(self.model, self._divided)
         self._output_watches = [
             OutputWatch(
                 self.model,
@@ -180,7 +182,7 @@ class EngineHooks(EngineSteps):
         self._call([metric], lambda metric: metric.observe_output(name, module, output))
 
     def _unwatch(self) -> None:
-        for watch in (self._clock, self._load_watch, self._gradient_watch):
+        for watch in (self._clock, self._load_watch, self._gradient_watch, self._stage_watch):
             watch.close()
         for outputs in self._output_watches:
             outputs.close()

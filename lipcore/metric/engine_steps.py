@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from lipcore.capture.parameters import GradientWatch
+from lipcore.capture.pipeline_stages import StageWatch
 from lipcore.capture.taps.tap import Record
 from lipcore.metric.clock import Clock
 from lipcore.metric.engine_windows import EngineWindows
@@ -26,6 +27,7 @@ class EngineSteps(EngineWindows):
     _optimizers: list[Any]
     _scaler: Any
     _gradient_watch: GradientWatch
+    _stage_watch: StageWatch
     _wanting: dict[str, list[Metric]]  # by what they want to be called for
     _needs_steps: bool
     _asked_for_scaler: bool
@@ -72,7 +74,11 @@ class EngineSteps(EngineWindows):
             self._scaled.look()
         self._call(self._wanting["gradients"], lambda metric: metric.observe_gradients())
 
+    def _divided(self) -> None:
+        self._call(self._wanting["gradients"], lambda metric: metric.observe_divided_gradients())
+
     def _before_backward(self) -> None:
+        self._stage_watch.look()
         if not self._clock.inside:  # else it is a closure's pass, at weights of its own
             self._at_step_end(self._step_end.backward_begins)
 

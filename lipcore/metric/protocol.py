@@ -113,6 +113,7 @@ class Metric(ABC):
             ),
             *("observe_proof", "observe_loss", "observe_batch", "observe_output", "wants_outputs"),
             *("observe_used_gradients", "before_step", "after_step_of", "observe_late_move"),
+            "observe_divided_gradients",
             *("observe_stop", "rank_part", "on_call", "rest", "wake", "rests", "warns_only"),
             *("split_state", "joined_state", "empty_state", "add_states", "continues", "load_ranks"),
         }
@@ -191,6 +192,11 @@ class Metric(ABC):
 
     def observe_gradients(self) -> None:  # noqa: B027
         """Look at the gradients after a backward pass."""
+
+    def observe_divided_gradients(self) -> None:
+        """Look at the gradients once more: a pipeline's schedule has divided them, behind the last backward pass of its
+        step."""
+        self.observe_gradients()
 
     def before_step(self) -> None:  # noqa: B027
         """Look at the parameters right before the optimizer's step."""

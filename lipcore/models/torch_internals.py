@@ -85,6 +85,13 @@ default_store: Any = (
     _found("distributed.distributed_c10d._get_default_store") if torch.distributed.is_available() else None
 )
 
+#: The module that has the stages of pipelines.
+STAGES = "torch.distributed.pipelining.stage"
+#: Methods of a stage that reduce and divide its gradients, behind the last backward pass of a schedule's step.
+STAGE_REDUCES = ("scale_grads", "perform_reduce_grad")
+#: Methods of a stage that run it on memory which nobody has written: of torch 2.13, before it in no_grad mode.
+STAGE_LEARNS_SHAPES = ("_compute_outputs",)
+
 _COMPILING = "_is_compiling_flag"
 _found(f"compiler.{_COMPILING}")
 

@@ -72,6 +72,10 @@ class HeadBounds(Extra):
         self._queries: Tensor | None = None
         self._keys: Tensor | None = None
 
+    @classmethod
+    def described(cls, place: str, sums: int, most: int, *, named: bool) -> HeadBounds:
+        return cls(place, "", "", most, None, None, named=named, flat=True)
+
     @property
     def rule(self) -> str:
         whose = self._query if self._query == self._key else f"{self._query}, {self._key}"
@@ -222,7 +226,8 @@ def _found(model: nn.Module) -> tuple[list[HeadBounds], dict[str, str]]:
 def _bounds_of(name: str, module: nn.Module, children: Mapping[str, nn.Module], pair: tuple[str, str]) -> HeadBounds:
     heads = _number(module, _HEADS) or _number(getattr(module, "config", None), _HEADS)
     if heads is None:
-        raise ValueError(f"it does not say how many heads it has; name it: attention={{{name!r}: {(*pair, 8)}}}")
+        parts = ", ".join(map(repr, dict.fromkeys(pair)))
+        raise ValueError(f"it does not say how many heads it has; name it: attention={{{name!r}: ({parts}, <heads>)}}")
     normed = next((norms for norms in _NORMS if any(part in children for part in norms)), None)
     others = [part for part in children if "norm" in part and part not in (normed or ()) and set("qk") & set(part)]
     if others or (normed is not None and (pair[0] == pair[1] or not all(part in children for part in normed))):

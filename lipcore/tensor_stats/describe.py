@@ -15,6 +15,7 @@ from lipcore.functional.tensor_stats import empty_tensor_stats, merge_tensor_sta
 from lipcore.metric.columns import Column, Columns, Numbers, one_if_same, words_of
 from lipcore.metric.results import MetricResult
 from lipcore.metric.values import Level
+from lipcore.tensor_stats.extra import Extra
 from lipcore.tensor_stats.watched import Watched, with_groups
 
 _CONSTANT = "all elements are the same"
@@ -58,11 +59,18 @@ def add_rows(
         begin = end
 
 
-def add_extras(result: MetricResult, watched: Watched, sums: Tensor, most: Tensor) -> None:
-    """Add what is watched beside statistics, and why some of it is not."""
-    off = {kind: dict(reasons) for kind, reasons in watched.refused.items()}
-    for extra, in_sums, in_most in watched.slices:
+def add_extras(
+    result: MetricResult,
+    watched: Watched,
+    extras: Sequence[tuple[Extra, slice, slice]],
+    sums: Tensor,
+    most: Tensor,
+) -> None:
+    """Add what is watched beside statistics, and why some of it is not here."""
+    for extra, in_sums, in_most in extras:
         extra.add_to(result, sums[in_sums], most[in_most])
+    off = {kind: dict(reasons) for kind, reasons in watched.refused.items()}
+    for extra in watched.extras:
         if extra.problem:
             off.setdefault(extra.kind, {})[extra.place] = extra.problem
     for kind, reasons in off.items():

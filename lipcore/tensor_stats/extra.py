@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lipcore.functional.dtypes import FLOATING
 from lipcore.metric.results import MetricResult
-from lipcore.models.dtensors import local_of
+from lipcore.models.dtensors import is_partial, local_of
 from lipcore.models.names import listed, named_modules
 from lipcore.models.outputs import output_names, tensors_of
 
@@ -28,6 +28,7 @@ class Extra(ABC):
     Attributes:
         modules: names of the modules whose outputs it reads.
         problem: why it has no numbers, once an output did not fit.
+        named: the user has named what is read; else it was found.
     """
 
     kind: str
@@ -36,6 +37,12 @@ class Extra(ABC):
     sums: int
     most: int
     problem: str = ""
+    named: bool = True
+
+    @classmethod
+    @abstractmethod
+    def described(cls, place: str, sums: int, most: int, *, named: bool) -> Extra:
+        """Make one that stands for another rank's, and reads nothing here."""
 
     @property
     @abstractmethod
@@ -88,10 +95,10 @@ def main_tensor(output: Any) -> Tensor | None:
 
 def readable(tensor: Any) -> Tensor | None:
     """Return the tensor's values on this rank as the kernels read them; None where they cannot."""
-    if hasattr(tensor, "placements"):
-        if any(placement.is_partial() for placement in tensor.placements):
-            return None
-        tensor = local_of(tensor)
+    if is_partial(tensor):
+        return None
+    # What a collective still brings is waited for here, where its values are; what uses it next would wait for it too.
+    tensor = local_of(tensor)
     if tensor.is_nested or tensor.is_meta or tensor.dtype not in FLOATING:
         return None
     if tensor.layout != torch.strided:

@@ -25,6 +25,12 @@ class LogSumExp(Extra):
         self.place, self.modules = module or ROOT, (module,)
         self.sums, self.most = 3, 1
 
+    @classmethod
+    def described(cls, place: str, sums: int, most: int, *, named: bool) -> LogSumExp:
+        found = cls("")
+        found.place = place
+        return found
+
     @property
     def rule(self) -> str:
         return "log sum exp over the last dimension, of every position"

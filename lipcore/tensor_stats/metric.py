@@ -18,7 +18,6 @@ from lipcore.models.names import listed
 from lipcore.tensor_stats.attention import AttentionChoice
 from lipcore.tensor_stats.block import Numbers
 from lipcore.tensor_stats.describe import add_extras, add_rows, histogram_of
-from lipcore.tensor_stats.extra import ROOT
 from lipcore.tensor_stats.open_window import OpenWindow
 from lipcore.tensor_stats.rank_part import TensorStatsPart
 from lipcore.tensor_stats.router import RouterChoice
@@ -47,12 +46,12 @@ class TensorStats(OpenWindow):
       of two (:meth:`histogram`)
 
     They stand in the quantities ``parameter`` and ``gradient`` by parameter, by group and in total, and in ``output``
-    by module and in total; "(model)" is what the model itself returns. Parameters are looked at after the step;
-    gradients at the end of the step's last backward pass, before anything clips, with a GradScaler's scale taken out;
-    outputs in every forward pass in grad mode. What an activation checkpoint runs again does not come twice. Of a
-    module that returns several tensors, the first floating one is measured, or that called "logits". Outputs inside
-    compiled modules cannot be seen: :meth:`plan` and ``details["outputs_unseen"]`` name them, parameters and gradients
-    are measured all the same. A step that a GradScaler skips does not count.
+    by module and in total; "(model)" is what the model itself returns (under a Monitor's `prefix`, that). Parameters
+    are looked at after the step; gradients at the end of the step's last backward pass, before anything clips, with a
+    GradScaler's scale taken out; outputs in every forward pass in grad mode. What an activation checkpoint runs again
+    does not come twice. Of a module that returns several tensors, the first floating one is measured, or that called
+    "logits". Outputs inside compiled modules cannot be seen: :meth:`plan` and ``details["outputs_unseen"]`` name them,
+    parameters and gradients are measured all the same. A step that a GradScaler skips does not count.
 
     One compiled pass over a tensor's memory gives all of this. Nothing but the numbers is kept: 16 KiB per tensor.
 
@@ -147,12 +146,12 @@ class TensorStats(OpenWindow):
         for what, names in (
             ("parameters", [p.name for p in found.parameters]),
             ("gradients", [p.name for p in found.gradients]),
-            ("outputs", [name or ROOT for name in found.outputs]),
+            ("outputs", found.places_of_outputs),
         ):
             if names:
                 lines.append(PlanLine(what, f"{len(names)}: {listed(names, 4)}"))
         for why in dict.fromkeys(found.unseen.values()):
-            names = [name or ROOT for name, reason in found.unseen.items() if reason == why]
+            names = [found.place_of(name) for name, reason in found.unseen.items() if reason == why]
             lines.append(PlanLine("outputs", f"not seen: {listed(names)}: {why}"))
         lines += [PlanLine(extra.kind, f"{extra.place}: {extra.problem or extra.rule}") for extra in found.extras]
         for kind, reasons in found.refused.items():
@@ -187,7 +186,7 @@ class TensorStats(OpenWindow):
         numbers, steps, passes = self._window()
         result = self._empty_result(steps, passes)
         add_rows(result, self._found.rows, numbers.rows, numbers.bins, self._untrue)
-        add_extras(result, self._found, numbers.sums, numbers.most)
+        add_extras(result, self._found, self._found.slices, numbers.sums, numbers.most)
         return result
 
     def _empty_result(self, steps: int, passes: int) -> MetricResult:
@@ -203,7 +202,7 @@ class TensorStats(OpenWindow):
         if skipped := sum(self._skipped):
             result.details["skipped_steps"] = skipped
         if found.unseen:
-            result.details["outputs_unseen"] = {name or ROOT: why for name, why in found.unseen.items()}
+            result.details["outputs_unseen"] = {found.place_of(name): why for name, why in found.unseen.items()}
         return result
 
     def histogram(self, quantity: str, place: str) -> dict[str, list[float] | list[int]]:

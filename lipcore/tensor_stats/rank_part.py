@@ -3,6 +3,8 @@ ranks know, and histograms between bins that all know."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +17,9 @@ from lipcore.distributed.packed import Packed, Together
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import MetricResult
 from lipcore.metric.values import Level
+from lipcore.tensor_stats.all_outputs import AllOutputs, told_of, why_not_joined
 from lipcore.tensor_stats.block import Numbers
 from lipcore.tensor_stats.describe import add_extras, add_rows
-from lipcore.tensor_stats.extra import ROOT
 from lipcore.tensor_stats.watched import Watched
 from lipcore.trajectory.moved_alike import gradients_of, unreduced
 
@@ -45,6 +47,7 @@ class TensorStatsPart(RankPart):
     passes: int
     untrue: str
     empty: MetricResult
+    _told: Sequence[dict[str, Any]] = ()  # by all ranks
 
     @classmethod
     def of(
@@ -54,11 +57,27 @@ class TensorStatsPart(RankPart):
         agreed = {
             "every_steps": empty.details["every_steps"],
             "sampled_steps": empty.details["sampled_steps"],
-            "outputs": watched.outputs,
-            "extras": [[extra.kind, extra.place, extra.sums, extra.most] for extra in watched.extras],
             "untrue": untrue,
         }
         return cls(agreed, holding, watched, numbers, passes, untrue, empty)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What this rank measures of what modules return."""
+        return told_of(self.watched)
+
+    def hear(self, told: Sequence[dict[str, Any]]) -> None:
+        """Take what all ranks measure of it."""
+        self._told = told
+
+    def refused(self) -> str:
+        """Return why what they measure does not go together."""
+        ranks = range(len(self._told)) if self.holding is None else self.holding.ranks
+        return why_not_joined(self._told, ranks) if self._told else ""
+
+    @functools.cached_property
+    def _all(self) -> AllOutputs:
+        return AllOutputs.of(self._told or [self.told])
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +92,7 @@ class TensorStatsPart(RankPart):
         rows: list[tuple[str, str, str, Level]] = []
         for quantity in ("parameter", "gradient"):
             rows += [(quantity, name, group, "tensor") for name, group in names]
-        return [*rows, *(("output", name or ROOT, "", "group") for name in self.watched.outputs)]
+        return [*rows, *(("output", place, "", "group") for place in self._all.places)]
 
     def _where(self) -> list[tuple[int, int]]:
         """Return which row here is which of all ranks, for those that this rank counts."""
@@ -96,10 +115,21 @@ class TensorStatsPart(RankPart):
                 numbers = [rows[i, _MEAN], rows[i, _MAX], -rows[i, _MIN], used[-1], -used[0]]
                 largest[place] = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device="cpu")
 
-        def sums(most: list[Tensor]) -> list[Tensor]:
-            return [*self._sums(where, most[0]), self.numbers.sums, self.numbers.sums.new_tensor([float(self.passes)])]
+        extra_sums, extra_most = self._extras()
 
-        return Packed(sums, [largest, self.numbers.most, gradients_of({"gradient": self._squares()}, [0])])
+        def sums(most: list[Tensor]) -> list[Tensor]:
+            return [*self._sums(where, most[0]), extra_sums, extra_sums.new_tensor([float(self.passes)])]
+
+        return Packed(sums, [largest, extra_most, gradients_of({"gradient": self._squares()}, [0])])
+
+    def _extras(self) -> tuple[Tensor, Tensor]:
+        """Return sums and maxima with a place for those of all ranks."""
+        sums = torch.zeros(self._all.sums, dtype=torch.float64, device="cpu")
+        most = torch.full((self._all.most,), -torch.inf, dtype=torch.float64, device="cpu")
+        for extra, in_sums, in_most in self.watched.slices:
+            to_sums, to_most = self._all.slices_of(extra)
+            sums[to_sums], most[to_most] = self.numbers.sums[in_sums], self.numbers.most[in_most]
+        return sums, most
 
     def _squares(self) -> Tensor:
         """Return the sum of squares of gradients of the parameters that every rank holds whole; nothing where it holds
@@ -153,7 +183,7 @@ class TensorStatsPart(RankPart):
             if passes:
                 self.empty.details.pop("output_off", None)
         add_rows(self.empty, self._rows, rows, bins, self.untrue or unreduced(gradients[0]))
-        add_extras(self.empty, self.watched, sums, most)
+        add_extras(self.empty, self.watched, self._all.extras, sums, most)
         return self.empty
 
 

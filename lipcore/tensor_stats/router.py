@@ -39,6 +39,10 @@ class RouterShares(Extra):
         self.modules = (place,)
         self.sums, self.most = experts + 2, 0
 
+    @classmethod
+    def described(cls, place: str, sums: int, most: int, *, named: bool) -> RouterShares:
+        return cls(place, sums - 2, 1, named=named)
+
     @property
     def rule(self) -> str:
         return f"top {self.top_k} of {self.experts} logits{'' if self.named else ', found by name'}"
@@ -123,7 +127,8 @@ def _found(model: nn.Module) -> tuple[list[RouterShares], dict[str, str]]:
         elif experts is None or _outputs_of(gate) != experts:
             refused[place] = "it does not say how many experts it chooses from"
         elif top_k is None or top_k > experts:
-            refused[place] = f"it does not say to how many experts a token goes; name it: router={{{place!r}: 2}}"
+            choice = f"router={{{place!r}: <experts per token>}}"
+            refused[place] = f"it does not say to how many experts a token goes; name it: {choice}"
         else:
             shares.append(RouterShares(place, experts, top_k, named=False))
     return shares, refused

@@ -11,7 +11,7 @@ from torch import nn
 from lipcore.capture.outputs import hookable, is_called
 from lipcore.metric.columns import Places
 from lipcore.metric.values import Level
-from lipcore.models.names import listed, named_modules
+from lipcore.models.names import listed, named_modules, with_prefix
 from lipcore.tensor_stats.attention import AttentionChoice, find_attention
 from lipcore.tensor_stats.block import Size
 from lipcore.tensor_stats.extra import ROOT, Extra
@@ -46,12 +46,14 @@ class Watched:
 
     Attributes:
         parameters, gradients: where they are looked up.
+        prefix: before all names, of a stage of a pipeline.
         outputs: canonical names of modules, "" for the model.
         unseen: why the outputs of modules that were asked for are not seen, by name.
         extras: what else is watched, and `refused` why it is not, by kind and module.
     """
 
     def __init__(self, model: nn.Module, wishes: Wishes, prefix: str) -> None:
+        self.prefix = prefix
         found = [WatchedParameter(owner, key, name, "") for owner, key, name in trainable(model)]
         self.parameters = _chosen(found, wishes.parameters, wishes.exclude, "parameters")
         self.gradients = _chosen(found, wishes.gradients, wishes.exclude, "gradients")
@@ -62,7 +64,10 @@ class Watched:
             names = [name for name in names if not (name and isinstance(kinds[name], nn.Sequential))]
         self.outputs = [name for name in names if name in self.modules]
         self.unseen = {name: unseen[name] for name in names if name in unseen}
-        self.extras, self.refused = self._find_extras(model, wishes, unseen)
+        self.extras, refused = self._find_extras(model, wishes, unseen)
+        for extra in self.extras:
+            extra.place = self.place_of(extra.place)
+        self.refused = {kind: {self.place_of(n): why for n, why in each.items()} for kind, each in refused.items()}
         name_group = group_names(wishes.groups)
         for parameter in found:
             parameter.prefix = f"{prefix}." if prefix else ""
@@ -100,6 +105,17 @@ class Watched:
                 extras.append(extra)
         return extras, {kind: reasons for kind, reasons in refused.items() if reasons}
 
+    def place_of(self, name: str) -> str:
+        """Return what a module, or what the model itself returns, is called in results."""
+        if not self.prefix:
+            return name or ROOT
+        return self.prefix if name in ("", ROOT) else with_prefix(self.prefix, name)
+
+    @property
+    def places_of_outputs(self) -> list[str]:
+        """What the outputs are called in results."""
+        return [self.place_of(name) for name in self.outputs]
+
     @property
     def hooked(self) -> list[str]:
         """Names of the modules whose outputs are wanted."""
@@ -111,7 +127,7 @@ class Watched:
         return [
             *(("parameter", p.name, p.group, "tensor") for p in self.parameters),
             *(("gradient", p.name, p.group, "tensor") for p in self.gradients),
-            *(("output", name or ROOT, "", "group") for name in self.outputs),
+            *(("output", place, "", "group") for place in self.places_of_outputs),
         ]
 
 

@@ -121,7 +121,7 @@ class Silent(Attention):
         (lambda: nn.MultiheadAttention(8, 2), "nn.MultiheadAttention projects inside one function"),
         (Learned, "its scale is a Parameter; name it with the number"),
         (Normed, "queries or keys go through 'my_q_norm'; name what returns them"),
-        (Silent, "it does not say how many heads it has; name it: attention={'attn': ('q_proj', 'k_proj', 8)}"),
+        (Silent, "it does not say how many heads it has; name it: attention={'attn': ('q_proj', 'k_proj', <heads>)}"),
     ],
 )
 def test_what_is_not_sure_is_not_measured(make: Callable[[], nn.Module], words: str) -> None:
@@ -131,6 +131,15 @@ def test_what_is_not_sure_is_not_measured(make: Callable[[], nn.Module], words: 
     holder.forward = lambda x: x
     stats = TensorStats(holder, attention="auto")
     assert f"attention   attn: not measured: {words}" in repr(stats.plan())
+    stats.close()
+
+
+def test_a_router_that_does_not_say_its_choice_is_not_measured() -> None:
+    model = nn.Sequential(nn.Identity())
+    model[0].gate, model[0].experts = nn.Linear(8, 2), nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    stats = TensorStats(model, router="auto")
+    words = "it does not say to how many experts a token goes; name it: router={'0.gate': <experts per token>}"
+    assert f"0.gate: not measured: {words}" in repr(stats.plan())
     stats.close()
 
 

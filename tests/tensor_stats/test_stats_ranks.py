@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from one_rank import one_rank
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lipcore import Monitor, TensorStats, reference
 from lipcore.distributed.ownership import Ownership, describe
@@ -80,7 +84,6 @@ def test_parts_of_ranks_add_up() -> None:
 
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
@@ -128,3 +131,57 @@ def test_ranks_that_train_one_model(tmp_path: Path) -> None:
                 way,
                 place,
             )
+
+
+# ---- outputs that a collective still brings
+
+
+class AddedUp(nn.Linear):
+    """A layer that returns the sum over ranks before it has come, as `RowwiseParallel()` has a layer do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return all_reduce(super().forward(x), "sum", dist.group.WORLD)
+
+
+def test_outputs_that_a_collective_still_brings_are_read() -> None:
+    torch.manual_seed(0)
+    with one_rank():
+        model, x = nn.Sequential(AddedUp(6, 4), nn.Tanh()), torch.randn(5, 6)
+        expected = nn.functional.linear(x, model[0].weight, model[0].bias)
+        stats = TensorStats(every_steps=1)
+        with Monitor(model, metrics=[stats]) as monitor:
+            assert hasattr(model[0](x), "trigger_wait")
+            model(x).sum().backward()
+            monitor.step()
+            result = stats.compute()
+    assert "not_read" not in result.details
+    assert numbers_of(result, "output", "0") == pytest.approx(truth_of([expected]), rel=1e-6)
+
+
+def parallel(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    model = parallelize_module(make().double(), init_device_mesh("cpu", (2,)), plan)
+    x = torch.cat([batch(0), batch(1)]).double()
+    optimizer, stats = torch.optim.SGD(model.parameters(), lr=0.1), TensorStats(every_steps=1)
+    with Monitor(model, optimizer, metrics=[stats], window_steps=1, timeout=30) as monitor:
+        model(x).square().mean().backward()
+        optimizer.step()
+        window = monitor.global_window()["tensor_stats"]
+    Path(folder, f"parallel.{rank}.json").write_text(json.dumps(window.to_dict()))
+    dist.destroy_process_group()
+
+
+@pytest.mark.ci
+def test_outputs_of_a_tensor_parallel_plan(tmp_path: Path) -> None:
+    """Of what ranks have in parts the parts are read, and what all compute alike counts on each."""
+    run_ranks(parallel, str(tmp_path), ranks=2)
+    x, model = torch.cat([batch(0), batch(1)]).double(), make().double()
+    hidden = model[0](x)
+    expected = {"0": [hidden], "1": [hidden.relu()], "2": [model(x)] * 2, "(model)": [model(x)] * 2}
+    for rank in range(2):
+        result = MetricResult.from_dict("tensor_stats", json.loads((tmp_path / f"parallel.{rank}.json").read_text()))
+        assert "not_read" not in result.details
+        for place, tensors in expected.items():
+            assert numbers_of(result, "output", place) == pytest.approx(truth_of(tensors), rel=1e-9), place
