@@ -5,32 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from lipcore.report.alarms_told import is_unexplained
 from lipcore.report.postmortem.changes import Change
+from lipcore.report.postmortem.rates import Rate
 from lipcore.report.postmortem.samples import Samples
 from lipcore.report.source import Happened
 
 UPDATE = "trajectory/update_norm"
-_JUMP = 1.5  # of a learning rate from one step to the next
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Learning rate of a group of the optimizer, or as it was logged: in the step, in the step before, and the
-    greatest of the steps before that are compared with."""
-
-    group: str
-    here: float
-    before: float
-    greatest: float
-
-    @property
-    def jumped(self) -> bool:
-        """True where it is another one than in the step before, by half or more."""
-        times = self.here / self.before if self.before > 0 else np.nan
-        return bool(times > _JUMP or times < 1 / _JUMP)
 
 
 @dataclass(frozen=True)
@@ -55,6 +36,7 @@ class Account:
         changes: what changed, in order.
         compared: steps that it was compared with; 0 where there were too few.
         beyond: the place whose update is most out of proportion to its gradient where it began, and how many times.
+        gradients_usual: the norms of gradients are known where it began, and there was no alarm on them near by.
         weakest: the largest score that is no change, where there is no change.
         samples: of the step in which it began, and of `step` where that is another one.
         named: sentences on the samples with the largest gradient norms in the steps after alarms near by.
@@ -76,6 +58,7 @@ class Account:
     changes: Sequence[Change] = ()
     compared: int = 0
     beyond: tuple[str, float] | None = None
+    gradients_usual: bool = False
     weakest: tuple[str, str, int, float] | None = None
     samples: Sequence[Samples] = ()
     named: Sequence[str] = ()
@@ -118,8 +101,10 @@ class Account:
 
     @property
     def jumps(self) -> list[Rate]:
-        """Learning rates that jumped."""
-        return [rate for rate in self.rates if rate.jumped]
+        """Learning rates that jumped where something changed: upwards, or to less where updates became smaller, since a
+        schedule may go down in steps."""
+        fell = any(one.quantity == UPDATE and one.times < 1 for one in self.at_begin) if self.changes else False
+        return [rate for rate in self.rates if rate.jumped and self.changes and (fell or rate.here > rate.before)]
 
     def __str__(self) -> str:
         return self.text

@@ -15,9 +15,20 @@ from lipcore.report.plots import Plots, check_installed
 from lipcore.report.postmortem.account import Account
 from lipcore.report.postmortem.around import Around
 from lipcore.report.postmortem.causes import checks_of
-from lipcore.report.postmortem.reading import RATES, account_of
+from lipcore.report.postmortem.rates import RATES
+from lipcore.report.postmortem.reading import account_of
 from lipcore.report.postmortem.samples import Samples
-from lipcore.report.postmortem.words import beside, cells, headline, of_ranking, sentence, settings, spread, told_of
+from lipcore.report.postmortem.words import (
+    beside,
+    cells,
+    headline,
+    of_ranking,
+    over_rate,
+    sentence,
+    settings,
+    spread,
+    told_of,
+)
 from lipcore.report.ratio_map import RatioMap
 from lipcore.report.section import Figure, Missing
 from lipcore.report.sections.training import training
@@ -95,6 +106,7 @@ def _spread(account: Account) -> Html:
         return html("")
     heads = ("first in step", "layer", "what", "times the usual", "at the most", "most in parameter")
     said = "Layers in the order in which they changed; in one step those first whose numbers are least usual."
+    said += " Update norms are over the learning rate." if over_rate(account) else ""
     table = Table(heads, rows, most=12, of_numbers=False)
     return tag("section", tag("h2", "How it spread"), tag("p", said), table.html(), id="spread")
 

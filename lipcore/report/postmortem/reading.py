@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 
 from lipcore.report.alarms_told import SAMPLES, worst_first
-from lipcore.report.postmortem.account import UPDATE, Account, Clipping, Rate
+from lipcore.report.postmortem.account import UPDATE, Account, Clipping
 from lipcore.report.postmortem.changes import (
     AFTER,
     BEFORE,
+    GAP,
     LEAD,
     STAGES,
     Change,
@@ -19,13 +20,16 @@ from lipcore.report.postmortem.changes import (
     begin_of,
     changes,
     scores,
+    without_drift,
 )
+from lipcore.report.postmortem.rates import RATES, log_rates, rates_of
 from lipcore.report.postmortem.samples import samples_of
 from lipcore.report.postmortem.words import text_of
 from lipcore.report.source import Happened, Source
-from lipcore.report.stretch import Stretch, stretch
+from lipcore.report.stretch import Array, Stretch, stretch
 
-LOSS, RATES, SCALE = "logged/loss", "optimizer/group_lr", "optimizer/loss_scale"
+LOSS, SCALE = "logged/loss", "optimizer/loss_scale"
+_SIGNALS = {"loss": LOSS, "grad_norm": "trajectory/grad_norm", "update_norm": UPDATE}  #: of alarms on a step's numbers
 _PROPORTION = 3.0  # times as many as of the gradient: an update is more than that explains
 
 
@@ -67,18 +71,28 @@ def _account(run: Source, step: int | None) -> Account:
     names = list(run.step_quantities)
     stretches = {name: stretch(run, name, first, last) for name in STAGES if name in names}
     account.folded = any(one.folded for one in stretches.values())
-    every = {name: scores(_chosen_places(one), step, upwards=name == LOSS) for name, one in stretches.items()}
+    logs = log_rates(run, names, first, last, step - LEAD)
+    every = {
+        name: scores(
+            _chosen_places(one),
+            step,
+            upwards=name == LOSS,
+            log_rates=logs if name == UPDATE else None,
+            alarmed=_alarmed(events, name),
+        )
+        for name, one in stretches.items()
+    }
     every = {name: one for name, one in every.items() if one.stretch.places}
     account.compared = max((one.compared for one in every.values()), default=0)
-    own_loss = step if event is not None and event.data.get("signal") == "loss" else None
     account.begin = begin_of(list(every.values()), step)
-    account.changes = changes(every, account.begin, last, loss_at=own_loss)
-    if account.changes:
-        account.begin = account.changes[0].step
+    every = without_drift(every)
+    account.changes = changes(every, account.begin, last)
+    account.begin = account.changes[0].step if account.changes else step
     account.beyond = _beyond(every, account.changes)
-    account.changes = [_with_parameter(run, one, names, first, last, step) for one in account.changes]
+    account.gradients_usual = _gradients_usual(every, events, account)
+    account.changes = [_with_parameter(run, one, names, first, step, logs) for one in account.changes]
     account.weakest = None if account.changes else _weakest(every, step)
-    account.rates = _rates(run, names, first, account.begin)
+    account.rates = rates_of(run, names, first, account.begin)
     account.clipping = _clipping(run, names, first, last, account.begin)
     account.scale = _scale(run, names, account.begin)
     account.logged = _logged(run, names, account.begin)
@@ -112,19 +126,27 @@ def _chosen_places(found: Stretch) -> Stretch:
     return found
 
 
-def _with_parameter(run: Source, one: Change, names: Sequence[str], first: int, last: int, step: int) -> Change:
+def _alarmed(events: Sequence[Happened], quantity: str) -> list[tuple[int, str]]:
+    """Return steps and places of this record's own alarms on a quantity."""
+    own = [one for one in events if one.kind == "alarm" and _SIGNALS.get(one.data.get("signal", "")) == quantity]
+    of = [(one.step, str(one.data.get("place", "total"))) for one in own if one.data.get("rank") is None]
+    return [(at, "total") for at, _ in of] if quantity == LOSS else of
+
+
+def _with_parameter(run: Source, one: Change, names: Sequence[str], first: int, step: int, logs: Array) -> Change:
     """Return a change with the parameter of its group whose number changed most."""
     own = f"flight/tensor_{one.quantity.partition('/')[2]}"
     if own not in names and one.quantity in names:
         own = one.quantity  # a record of every parameter
     if one.quantity == LOSS or own not in names:
         return one
-    found = stretch(run, own, first, last)
+    found = stretch(run, own, first, first + len(logs) - 1)
     where = [i for i in found.at("tensor") if found.places[i].startswith(f"{one.place}.") or one.place == "total"]
     if not where or not found.there[found.row(one.step)]:
         return one
     part = replace(found, places=[found.places[i] for i in where], values=found.values[:, where])
-    sizes = np.nan_to_num(np.abs(scores(part, step).z[part.row(one.step)]), nan=-1.0, posinf=np.inf)
+    compared = scores(part, step, log_rates=logs if one.quantity == UPDATE else None)
+    sizes = np.nan_to_num(np.abs(compared.z[part.row(one.step)]), nan=-1.0, posinf=np.inf)
     return replace(one, parameter=part.places[int(sizes.argmax())]) if sizes.max() > 0 else one
 
 
@@ -136,19 +158,29 @@ def _beyond(every: Mapping[str, Scores], found: Sequence[Change]) -> tuple[str, 
         if one.quantity == UPDATE and one.step == found[0].step and one.finite and gradients is not None:
             places, row = gradients.stretch.places, gradients.stretch.row(one.step)
             column = places.index(one.place) if one.place in places else -1
-            usual = float(gradients.usual[column]) if column >= 0 else 0.0
-            own = float(gradients.stretch.values[row, column]) / usual if usual > 0 else float("nan")
+            own = float(gradients.times[row, column]) if column >= 0 else float("nan")
             times = one.times / max(1.0, own)
             if np.isfinite(own) and times > max(_PROPORTION, most[1] if most else 0.0):
                 most = one.place, times
     return most
 
 
+def _gradients_usual(every: Mapping[str, Scores], events: Sequence[Happened], account: Account) -> bool:
+    """Say whether the norms of gradients are known where it began, without an alarm on them, of any rank, from there to
+    the step that is looked at."""
+    one = every.get("trajectory/grad_norm")
+    if one is None or not np.isfinite(one.z[one.stretch.row(account.begin)]).any():
+        return False
+    between = range(min(account.begin, account.step), max(account.begin, account.step) + 1)
+    alarms = [event for event in events if event.kind == "alarm" and event.data.get("signal") == "grad_norm"]
+    return not any(event.step in between for event in alarms)
+
+
 def _weakest(every: Mapping[str, Scores], step: int) -> tuple[str, str, int, float] | None:
     """Return the most unusual number near the step: quantity, place, step, score."""
     found: tuple[str, str, int, float] | None = None
     for quantity, one in every.items():
-        begin = max(0, one.stretch.row(step - LEAD))
+        begin = max(0, one.stretch.row(step - GAP))
         sizes = np.abs(one.z[begin:])
         if np.isfinite(sizes).any():
             at, column = np.unravel_index(int(np.nanargmax(sizes)), sizes.shape)
@@ -156,26 +188,6 @@ def _weakest(every: Mapping[str, Scores], step: int) -> tuple[str, str, int, flo
             if found is None or score > found[3]:
                 found = (STAGES[quantity], one.stretch.places[column], int(one.stretch.steps[begin + at]), score)
     return found
-
-
-def _rates(run: Source, names: Sequence[str], first: int, step: int) -> list[Rate]:
-    found = []
-    logged = [name for name in names if name.startswith("logged/") and _is_rate(name)]
-    for quantity in [RATES] if RATES in names else logged:
-        one = stretch(run, quantity, first, step)
-        for column, group in enumerate(one.places):
-            values = one.values[:, column]
-            if np.isfinite(values[-1]):
-                earlier = values[:-1][np.isfinite(values[:-1])]
-                before = float(earlier[-1]) if len(earlier) else float("nan")
-                own = quantity.partition("/")[2] if quantity != RATES else group
-                found.append(Rate(own, float(values[-1]), before, float(earlier.max()) if len(earlier) else before))
-    return found
-
-
-def _is_rate(name: str) -> bool:
-    own = name.partition("/")[2].lower()
-    return own == "lr" or own.endswith("_lr") or own.startswith("lr") or "learning_rate" in own
 
 
 def _clipping(run: Source, names: Sequence[str], first: int, last: int, step: int) -> Clipping | None:

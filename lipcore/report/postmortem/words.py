@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from lipcore.report.alarms_told import heard_from, is_unexplained, told
 from lipcore.report.html import count, in_words, number, printable, shortened_name
-from lipcore.report.postmortem.account import Account, Rate
+from lipcore.report.postmortem.account import Account
 from lipcore.report.postmortem.causes import cause_of, checks_of
-from lipcore.report.postmortem.changes import BEFORE, LEAD, Change
+from lipcore.report.postmortem.changes import BEFORE, GAP, LEAD, Change
+from lipcore.report.postmortem.rates import Rate
 from lipcore.report.postmortem.samples import Ranking, Sample, Samples
 from lipcore.report.source import Happened
 
@@ -25,7 +26,8 @@ def text_of(account: Account) -> str:
     """Return an account in words, in lines of 80 characters."""
     parts = [_wrapped(headline(account)), *map(_wrapped, told_of(account))]
     if account.places:
-        parts.append("\n".join(["How it spread", *_rows(spread(account))]))
+        title = "How it spread" + ", update norms over the learning rate" * over_rate(account)
+        parts.append("\n".join([title, *_rows(spread(account))]))
     for title, lines in (("Learning rate, clipping, and what was logged", settings(account)),):
         parts += ["\n".join([title, *(_item(line) for line in lines)])] if lines else []
     parts += ["\n".join(_samples(one)) for one in account.samples]
@@ -69,7 +71,7 @@ def _moved_first(account: Account) -> list[str]:
         return [f"What moved first cannot be said: there is too little to compare the step with ({nothing})."]
     if not account.changes:
         said = (
-            f"Nothing in steps {max(account.first, account.step - LEAD):,} to {account.last:,} is beyond what is usual."
+            f"Nothing in steps {max(account.first, account.step - GAP):,} to {account.last:,} is beyond what is usual."
         )
         if account.weakest is not None:
             what, place, step, score = account.weakest
@@ -85,10 +87,15 @@ def _moved_first(account: Account) -> list[str]:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         also = "also" if others else "in the same step also"
         others += f"; {also} in {', '.join(map(in_words, names[:4]))}{more}"
-    parts = [f"First: step {first.step:,}, {change(first)}{others}."]
-    if away := account.step - account.begin:
-        what = "the alarm" if account.event is not None else "the step that was asked for"
-        parts.append(f"That is {count(abs(away), 'step')} {'before' if away > 0 else 'after'} {what}.")
+    parts, begun = [], f"step {first.step:,}, {change(first)}{others}."
+    away = account.step - account.begin
+    what = "the alarm" if account.event is not None else "the step that was asked for"
+    if away < 0:
+        beside = ", beside the alarm itself" if account.event is not None else ""
+        said = f"in steps {max(account.first, account.step - GAP):,} to {account.step:,} is beyond what is usual"
+        parts += [f"Nothing {said}{beside}.", f"After {what}, first: {begun}"]
+    else:
+        parts += [f"First: {begun}", *([f"That is {count(away, 'step')} before {what}."] if away else [])]
     earlier = [f"{one.step:,}" for one in account.others if one.kind == "alarm" and one.step < account.begin]
     if earlier:
         parts.append(f"There were alarms before, in step {', '.join(earlier[-3:])}: --step shows each.")
@@ -106,7 +113,8 @@ def change(one: Change) -> str:
     inside = f" (most in {one.parameter})" if one.parameter and one.parameter != one.place else ""
     if not one.finite:
         return f"{one.what}{_of(one.place)} is not finite{inside}"
-    return f"{one.what}{_of(one.place)}, {number(one.times)} times its usual value{inside}"
+    over = " over learning rate" if one.over_rate else ""
+    return f"{one.what}{over}{_of(one.place)}, {number(one.times)} times its usual value{inside}"
 
 
 def spread(account: Account) -> list[tuple[str, ...]]:
@@ -122,6 +130,11 @@ def spread(account: Account) -> list[tuple[str, ...]]:
         )
         for one in account.places
     ]
+
+
+def over_rate(account: Account) -> bool:
+    """Say whether update norms that spread were judged without changes of the learning rate."""
+    return any(one.over_rate for one in account.places)
 
 
 def sentence(said: str) -> str:
