@@ -44,6 +44,11 @@ class Account:
         scale: of a GradScaler, in the step in which it began and in the step before; None where it was not recorded.
         logged: what else was logged: name, value in the step in which it began, in the step before.
         others: other alarms and ends of the run near by.
+        rank: whose record all of this is from; None where its file's name does not say it.
+        asked: the rank whose record was asked for, where this is another's, which has the event.
+        ranks: other ranks of the run whose records can be read.
+        elsewhere: rank and event of what happened near by on these.
+        cut_off: sentences on ranks whose records break off.
         missing: what the record does not have, and how it is recorded.
         folded: some of the steps are in the record as means of 64 alone.
         text: all of it in words.
@@ -67,6 +72,11 @@ class Account:
     scale: tuple[float, float] | None = None
     logged: Sequence[tuple[str, float, float]] = ()
     others: Sequence[Happened] = ()
+    rank: int | None = None
+    asked: int | None = None
+    ranks: Sequence[int] = ()
+    elsewhere: Sequence[tuple[int, Happened]] = ()
+    cut_off: Sequence[str] = ()
     missing: Sequence[tuple[str, str]] = field(default_factory=list)
     folded: bool = False
     text: str = ""

@@ -15,12 +15,14 @@ from lipcore.report.plots import Plots, check_installed
 from lipcore.report.postmortem.account import Account
 from lipcore.report.postmortem.around import Around
 from lipcore.report.postmortem.causes import checks_of
+from lipcore.report.postmortem.ranks import looked_into
 from lipcore.report.postmortem.rates import RATES
-from lipcore.report.postmortem.reading import account_of
+from lipcore.report.postmortem.reading import account_from
 from lipcore.report.postmortem.samples import Samples
 from lipcore.report.postmortem.words import (
     beside,
     cells,
+    elsewhere,
     headline,
     of_ranking,
     over_rate,
@@ -38,19 +40,24 @@ from lipcore.report.stretch import stretch
 _MOST_RATES = 5  # lines of one figure
 
 
-def postmortem_page(run: Source, step: int | None = None) -> str:
+def postmortem_page(run: Source, step: int | None = None, *, follow: bool | None = None) -> str:
     """Return the page about a step of a run as HTML.
 
     Args:
         run: as :func:`lipcore.open_run` returns it.
         step: default: that of the worst alarm, without alarms that of the exception that ended it.
+        follow: look into the record of the rank that has the worst alarm, or ended first; default: from rank 0's.
 
     Raises:
         ValueError: the step is not in the record; there is no alarm, and no step was asked for.
         ImportError: bokeh is missing.
     """
     check_installed()
-    account = account_of(run, step)
+    with looked_into(run, step, follow=follow) as looked:
+        return _page(looked.run, account_from(looked, step))
+
+
+def _page(run: Source, account: Account) -> str:
     facts = facts_of(Around(run, account.first, account.last))
     marked = sorted({account.begin, account.step, *(event.step for event in facts.alarms)})
     plots = Plots(facts.first_step, facts.last_step, marked)
@@ -157,7 +164,7 @@ def _rates(run: Source, account: Account, plots: Plots) -> list[Figure]:
 
 
 def _near(account: Account, facts: Facts) -> Html:
-    lines = [beside(event) for event in account.others]
+    lines = [*(beside(event) for event in account.others), *elsewhere(account)]
     lines += [f"not readable: {what}" for what in facts.unread]
     if not lines:
         return html("")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lipcore.report.alarms_told import SAMPLES, worst_first
+from lipcore.report.alarms_told import SAMPLES
 from lipcore.report.postmortem.account import UPDATE, Account, Clipping
 from lipcore.report.postmortem.changes import (
     AFTER,
@@ -22,6 +22,7 @@ from lipcore.report.postmortem.changes import (
     scores,
     without_drift,
 )
+from lipcore.report.postmortem.ranks import Looked, cut_off, happened_on, looked_into
 from lipcore.report.postmortem.rates import RATES, log_rates, rates_of
 from lipcore.report.postmortem.samples import samples_of
 from lipcore.report.postmortem.words import text_of
@@ -33,41 +34,55 @@ _SIGNALS = {"loss": LOSS, "grad_norm": "trajectory/grad_norm", "update_norm": UP
 _PROPORTION = 3.0  # times as many as of the gradient: an update is more than that explains
 
 
-def account_of(run: Source, step: int | None = None) -> Account:
+def account_of(run: Source, step: int | None = None, *, follow: bool | None = None) -> Account:
     """Return what a record says of a step: by default of the worst alarm, without alarms of the end of the run by an
     exception.
+
+    Args:
+        follow: look into the record of the rank that has the worst alarm, or ended first; default: from rank 0's.
 
     Raises:
         ValueError: the step is not in the record; there is no alarm, and no step was asked for.
     """
-    with run.as_of_now():
-        account = _account(run, step)
+    with looked_into(run, step, follow=follow) as looked:
+        return account_from(looked, step)
+
+
+def account_from(looked: Looked, step: int | None) -> Account:
+    """Return what the record that is looked into says of a step; default: that of its event."""
+    with looked.run.as_of_now():
+        account = _account(looked, step)
     account.text = text_of(account)
     return account
 
 
-def _account(run: Source, step: int | None) -> Account:
+def _account(looked: Looked, step: int | None) -> Account:
+    run, event = looked.run, looked.event
     events, extent = list(run.events), (run.first_step, run.last_step)
     if not extent[1]:
         raise ValueError(f"{run.path}: nothing was recorded yet: this run has no step")
-    event = None
     if step is None:
-        event = _chosen(events)
         if event is None:
             raise ValueError(
                 f"{run.path}: this run has no alarm; choose a step with --step, from {extent[0]} to {extent[1]}"
-                + _why_no_alarm(run)
+                + _why_no_alarm(looked)
             )
         step = min(max(event.step, extent[0]), extent[1])
     elif not extent[0] <= step <= extent[1]:
         raise ValueError(f"step: the record has steps {extent[0]} to {extent[1]}, and not {step}")
-    else:
-        event = next(iter(worst_first(one for one in events if one.kind == "alarm" and one.step == step)), None)
     first, last = max(extent[0], step - BEFORE - LEAD), min(extent[1], step + AFTER)
     account = Account(run.name, step, event, first, last, step)
     named = [one for one in events if one.kind == SAMPLES]
     account.named = [one.text for one in named if first <= one.data.get("alarm", 0) <= last]
-    account.others = [one for one in events if first <= one.step <= last and one is not event and one not in named]
+    account.rank, account.asked, account.ranks = run.rank, looked.asked, [one.rank for one in looked.others]
+    account.elsewhere = happened_on(looked.others, first, last)
+    account.cut_off = cut_off(looked)
+    left = [*named, *([] if event is None else [event])]
+    account.others = [
+        one
+        for one in events
+        if first <= one.step <= last and one not in left and one.data.get("rank") not in account.ranks
+    ]
     names = list(run.step_quantities)
     stretches = {name: stretch(run, name, first, last) for name in STAGES if name in names}
     account.folded = any(one.folded for one in stretches.values())
@@ -103,17 +118,14 @@ def _account(run: Source, step: int | None) -> Account:
     return account
 
 
-def _chosen(events: Sequence[Happened]) -> Happened | None:
-    alarms = [event for event in events if event.kind == "alarm"]
-    if alarms:
-        return worst_first(alarms)[0]
-    return next((event for event in reversed(events) if event.kind == "exception"), None)
-
-
-def _why_no_alarm(run: Source) -> str:
-    starts = run.starts
+def _why_no_alarm(looked: Looked) -> str:
+    starts = looked.run.starts
     off = bool(starts) and starts[-1].config.get("alarms") == "off"
-    return '. Alarms were off; pass alarms="default" to watch()' if off else ""
+    why = ['Alarms were off; pass alarms="default" to watch()'] if off else []
+    why += cut_off(looked)
+    ends = [(one.rank, event) for one in looked.others for event in one.events if event.kind in ("alarm", "exception")]
+    why += [f"Rank {rank} has an {event.kind} of step {event.step}: --rank {rank}" for rank, event in ends[:1]]
+    return "".join(f". {said}" for said in why)
 
 
 def _chosen_places(found: Stretch) -> Stretch:

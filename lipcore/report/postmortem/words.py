@@ -18,6 +18,7 @@ from lipcore.report.source import Happened
 _WIDTH = 80
 _ROWS = 12
 _NAME = 28
+_LONG = 240  # characters of an event
 _MOST_UNEXPLAINED = 3
 _SHARE = 0.3  # of a batch's loss, that is told of one sample
 
@@ -34,6 +35,7 @@ def text_of(account: Account) -> str:
     for title, lines in (
         ("Samples in the steps after", [sentence(said) for said in account.named]),
         ("Near by", [beside(event) for event in account.others[:_ROWS]]),
+        ("On other ranks", elsewhere(account)),
         ("What to check", checks_of(account)),
         ("Not in this record", [f"{what}: {how}" for what, how in account.missing]),
     ):
@@ -43,7 +45,8 @@ def text_of(account: Account) -> str:
 
 def headline(account: Account) -> str:
     """Return what is looked at, and why."""
-    said = f"Run {account.run}, step {account.step:,}"
+    rank = f", rank {account.rank}" if account.ranks else ""
+    said = f"Run {account.run}{rank}, step {account.step:,}"
     event = account.event
     if event is None:
         first = account.at_begin[0] if account.changes else None
@@ -55,7 +58,25 @@ def headline(account: Account) -> str:
 
 def told_of(account: Account) -> list[str]:
     """Return sentences on what the optimizer did not move, on what moved first, and on the cause."""
-    return [*map(_unexplained, account.unexplained[:_MOST_UNEXPLAINED]), *_moved_first(account)]
+    return [*map(_unexplained, account.unexplained[:_MOST_UNEXPLAINED]), *_moved_first(account), *_of_ranks(account)]
+
+
+def _of_ranks(account: Account) -> list[str]:
+    """Say whose numbers all of this is of, where there are several ranks."""
+    told = account.event.data.get("rank") if account.event is not None else None
+    if told is not None:
+        where = "Its record lies beside" if told in account.ranks else "Its record is not here, or does not have it"
+        here = "another rank" if account.rank is None else f"rank {account.rank}"
+        said = f"The alarm is of rank {told}, and all else here of {here}. {where}: --rank {told} looks into it."
+        return [said, *(f"{said}." for said in account.cut_off)]
+    if not account.ranks:
+        return [f"{said}." for said in account.cut_off]
+    ranks = sorted(account.ranks)
+    others = f"--rank N shows those of others, {ranks[0]} to {ranks[-1]}"
+    others = f"--rank {ranks[0]} shows those of rank {ranks[0]}" if len(ranks) == 1 else others
+    why = "" if account.asked is None else f", not rank {account.asked}, since it is what happened there"
+    said = f"Loss, samples and single steps are of rank {account.rank} alone{why}; {others}."
+    return [said, *(f"{said}." for said in account.cut_off)]
 
 
 def _unexplained(event: Happened) -> str:
@@ -213,6 +234,17 @@ def cells(sample: Sample) -> tuple[str, str, str]:
 def beside(event: Happened) -> str:
     """Return another event in words."""
     return f"step {event.step:,}, {event.kind}: {told(event) if event.kind == 'alarm' else event.text}"
+
+
+def elsewhere(account: Account) -> list[str]:
+    """Return what happened near by on other ranks, in words."""
+    lines = [f"rank {rank}, {beside(event)}" for rank, event in account.elsewhere[:_ROWS]]
+    more = len(account.elsewhere) - len(lines)
+    return [*(_short(line) for line in lines), *([f"and {more} more"] if more else [])]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONG else f"{text[: _LONG - 1].rstrip()}…"
 
 
 def _samples(samples: Samples) -> list[str]:
