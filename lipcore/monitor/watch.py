@@ -20,6 +20,7 @@ from lipcore.monitor.monitor import Monitor
 from lipcore.recording.record import MAX_BYTES, RecordLevel, RunRecord, checked_config
 from lipcore.recording.recorder import Recorder
 from lipcore.recording.writers import made_writers
+from lipcore.report.parts import STEPS_OF
 
 
 def watch(
@@ -100,6 +101,7 @@ def watch(
             return made
         facts = {"model": type(made.model).__name__, "torch": torch.__version__, "rank": here}
         facts |= {"alarms": "off" if made.alarms is None else [*made.alarms.signals, "nonfinite"], **dict(config or {})}
+        facts[STEPS_OF] = _steps_of(made)
         record = RunRecord(
             run, rank=here, level=record_level, max_bytes=max_bytes, model=_fingerprint(made.model), config=facts
         )
@@ -110,6 +112,17 @@ def watch(
         raise
     made._attach_recorder(Recorder(record, made._warn_of_record))
     return made
+
+
+def _steps_of(monitor: Monitor) -> dict[str, Any]:
+    """Return of how many ranks single steps are one's, and whether of whole parameters: with other ones they are other
+    numbers."""
+    place = monitor._global.place
+    ranks = 1 if place.apart else place.ranks
+    return {
+        "ranks": ranks,
+        "scope": "global" if ranks == 1 else monitor._global.scope(monitor.model, monitor.metrics.values()),
+    }
 
 
 def _check_snapshot(alarms: Any) -> None:

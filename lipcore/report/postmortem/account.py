@@ -49,6 +49,8 @@ class Account:
         ranks: other ranks of the run whose records can be read.
         elsewhere: rank and event of what happened near by on these.
         cut_off: sentences on ranks whose records break off.
+        parted: sentences on the steps around that were made on another number of ranks, or are of other parts of the
+            parameters, and are not compared with.
         missing: what the record does not have, and how it is recorded.
         folded: some of the steps are in the record as means of 64 alone.
         text: all of it in words.
@@ -77,6 +79,7 @@ class Account:
     ranks: Sequence[int] = ()
     elsewhere: Sequence[tuple[int, Happened]] = ()
     cut_off: Sequence[str] = ()
+    parted: Sequence[str] = ()
     missing: Sequence[tuple[str, str]] = field(default_factory=list)
     folded: bool = False
     text: str = ""

@@ -115,6 +115,7 @@ def scores(
     if found.there[base].sum() < _ENOUGH:
         base = slice(max(0, row - BEFORE), row)
     compared = int(found.there[base].sum())
+    compared = compared if compared >= _FEW else 0
     positive = np.where(np.isfinite(found.values), np.maximum(found.values, _LEAST), np.nan)
     by = np.zeros(len(found.steps)) if log_rates is None else log_rates
     divided = len(np.unique(by[np.isfinite(by)])) > 1

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from lipcore.report.alarms_told import SAMPLES
+from lipcore.report.parts import other_parts
 from lipcore.report.postmortem.account import UPDATE, Account, Clipping
 from lipcore.report.postmortem.changes import (
     AFTER,
@@ -70,10 +71,14 @@ def _account(looked: Looked, step: int | None) -> Account:
         step = min(max(event.step, extent[0]), extent[1])
     elif not extent[0] <= step <= extent[1]:
         raise ValueError(f"step: the record has steps {extent[0]} to {extent[1]}, and not {step}")
-    first, last = max(extent[0], step - BEFORE - LEAD), min(extent[1], step + AFTER)
+    around = max(extent[0], step - BEFORE - LEAD), min(extent[1], step + AFTER)
+    changed = [one for one in other_parts(run.starts) if around[0] <= one.last < around[1]]
+    first = max([around[0], *(one.last + 1 for one in changed if one.last < step)])
+    last = min([around[1], *(one.last for one in changed if one.last >= step)])
     account = Account(run.name, step, event, first, last, step)
     named = [one for one in events if one.kind == SAMPLES]
     account.named = [one.text for one in named if first <= one.data.get("alarm", 0) <= last]
+    account.parted = [str(one) for one in changed]
     account.rank, account.asked, account.ranks = run.rank, looked.asked, [one.rank for one in looked.others]
     account.elsewhere = happened_on(looked.others, first, last)
     account.cut_off = cut_off(looked)

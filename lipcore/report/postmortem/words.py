@@ -58,7 +58,9 @@ def headline(account: Account) -> str:
 
 def told_of(account: Account) -> list[str]:
     """Return sentences on what the optimizer did not move, on what moved first, and on the cause."""
-    return [*map(_unexplained, account.unexplained[:_MOST_UNEXPLAINED]), *_moved_first(account), *_of_ranks(account)]
+    unexplained = map(_unexplained, account.unexplained[:_MOST_UNEXPLAINED])
+    parted = [f"{sentence(said)}: the one are not compared with the other." for said in account.parted]
+    return [*unexplained, *_moved_first(account), *parted, *_of_ranks(account)]
 
 
 def _of_ranks(account: Account) -> list[str]:
@@ -89,6 +91,7 @@ def _unexplained(event: Happened) -> str:
 def _moved_first(account: Account) -> list[str]:
     if account.compared == 0:
         nothing = "the steps around are in the record as means of 64 alone" if account.folded else "nothing before it"
+        nothing = "those before were made on other ranks" if account.parted else nothing
         return [f"What moved first cannot be said: there is too little to compare the step with ({nothing})."]
     if not account.changes:
         said = (
