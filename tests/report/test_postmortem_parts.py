@@ -45,7 +45,7 @@ def test_nothing_is_compared_over_a_start_with_another_number_of_ranks(tmp_path:
     assert (soon.first, soon.compared, list(soon.changes)) == (86, 0, [])
     text = " ".join(str(soon).split())
     assert "there is too little to compare the step with (those before were made on other ranks)" in text
-    assert f"S{said[1:]}: the one are not compared with the other." in text
+    assert f"S{said[1:]}: the two are not compared." in text
     assert "First" not in text
     assert (later.first, list(later.changes)) == (86, [])
     assert later.compared >= 20

@@ -20,6 +20,7 @@ from lipcore.report.postmortem.rates import RATES
 from lipcore.report.postmortem.reading import account_from
 from lipcore.report.postmortem.samples import Samples
 from lipcore.report.postmortem.words import (
+    IDS_ALONE,
     beside,
     cells,
     elsewhere,
@@ -124,6 +125,7 @@ def _samples(samples: Samples) -> Html:
         table = Table(("id", "gradient norm", "loss"), [cells(sample) for sample in ranking.top])
         tables.append(tag("div", tag("p", f"By {ranking.by}: {of_ranking(samples, ranking)}."), table.html()))
     said = f"The largest of {count(samples.count, 'sample')}; those that are not finite come first."
+    said = said if tables else f"{count(samples.count, 'sample')}: {IDS_ALONE}."
     title = tag("h2", f"Samples of step {samples.step:,}")
     return tag("section", title, tag("p", said), tag("div", *tables, class_="beside"), id=f"samples-{samples.step}")
 

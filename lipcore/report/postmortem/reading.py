@@ -23,6 +23,7 @@ from lipcore.report.postmortem.changes import (
     scores,
     without_drift,
 )
+from lipcore.report.postmortem.no_norms import why_no_norms
 from lipcore.report.postmortem.ranks import Looked, cut_off, happened_on, looked_into
 from lipcore.report.postmortem.rates import RATES, log_rates, rates_of
 from lipcore.report.postmortem.samples import samples_of
@@ -119,7 +120,8 @@ def _account(looked: Looked, step: int | None) -> Account:
     batches = run.batches(first, last)
     steps = dict.fromkeys([account.begin, step])
     account.samples = [one for one in (samples_of(batches, each) for each in steps) if one is not None]
-    account.missing = _missing(account, names, has_details="flight/tensor_update_norm" in names)
+    has_details = "flight/tensor_update_norm" in names
+    account.missing = _missing(account, names, why_no_norms(run, account.begin, first, last), has_details=has_details)
     return account
 
 
@@ -244,7 +246,7 @@ def _logged(run: Source, names: Sequence[str], step: int) -> list[tuple[str, flo
     return found
 
 
-def _missing(account: Account, names: Sequence[str], *, has_details: bool) -> list[tuple[str, str]]:
+def _missing(account: Account, names: Sequence[str], norms: str, *, has_details: bool) -> list[tuple[str, str]]:
     trajectory = "pass metrics=[..., lipcore.Trajectory()] to watch(), or no metrics at all"
     found = []
     if account.folded:
@@ -263,7 +265,7 @@ def _missing(account: Account, names: Sequence[str], *, has_details: bool) -> li
     else:
         by = [ranking.by for ranking in account.samples[0].rankings]
         if "gradient norm" not in by:
-            found.append(("gradient norms of samples", "add lipcore.PerSampleGradNorms(loss_reduction=...) to metrics"))
+            found.append(("gradient norms of samples", norms))
         if "loss" not in by:
             found.append(("losses of samples", "pass them to monitor.log_batch(ids, losses=...)"))
     if account.clipping is not None and np.isnan(account.clipping.after):

@@ -59,7 +59,7 @@ def headline(account: Account) -> str:
 def told_of(account: Account) -> list[str]:
     """Return sentences on what the optimizer did not move, on what moved first, and on the cause."""
     unexplained = map(_unexplained, account.unexplained[:_MOST_UNEXPLAINED])
-    parted = [f"{sentence(said)}: the one are not compared with the other." for said in account.parted]
+    parted = [f"{sentence(said)}: the two are not compared." for said in account.parted]
     return [*unexplained, *_moved_first(account), *parted, *_of_ranks(account)]
 
 
@@ -246,12 +246,16 @@ def elsewhere(account: Account) -> list[str]:
     return [*(_short(line) for line in lines), *([f"and {more} more"] if more else [])]
 
 
+IDS_ALONE = "their ids alone were recorded, neither gradient norms nor losses"
+
+
 def _short(text: str) -> str:
     return text if len(text) <= _LONG else f"{text[: _LONG - 1].rstrip()}…"
 
 
 def _samples(samples: Samples) -> list[str]:
     lines = [f"Samples of step {samples.step:,} ({samples.count})"]
+    lines += [] if samples.rankings else [_item(IDS_ALONE)]
     for ranking in samples.rankings:
         lines.append(_item(f"by {ranking.by}: {of_ranking(samples, ranking)}"))
         if ranking.top:
