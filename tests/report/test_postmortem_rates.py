@@ -7,7 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import lipcore
 from lipcore.alarms.rates import CommonRate
 from lipcore.recording import Run, RunRecord, open_run
 from lipcore.report.postmortem.account import Account
@@ -143,3 +146,26 @@ def test_rates_are_followed_as_by_the_alarms(tmp_path: Path) -> None:
         found = log_rates(run, run.step_quantities, 1, STEPS, STEPS)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     assert np.isnan(found[40:44]).all()
+
+
+class Wrapper(nn.Module):
+    """A model inside, as DDP has it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)  # type: ignore[no-any-return]
+
+
+def test_groups_have_the_names_of_parameters_that_all_else_has(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 4))
+    model[2].weight = model[0].weight
+    optimizer = torch.optim.SGD(Wrapper(model).parameters(), lr=0.1)
+    with lipcore.watch(Wrapper(model), optimizer, run=tmp_path / "a", metrics=[lipcore.Trajectory()]):
+        for _ in range(3):
+            model(torch.ones(5, 3)).sum().backward()
+            optimizer.step()
+    with open_run(tmp_path / "a") as run:
+        assert run.places("group_lr") == ["param_groups[0]: 0.weight to 2.bias"]
