@@ -243,7 +243,7 @@ class Alarms(Showable):
     def _tell_samples(self, found: SamplesAfterAlarm) -> None:
         """Take the samples with the largest gradient norms after an alarm."""
         self.samples.append(found)
-        _LOGGER.warning("%s", found.message)
+        _LOGGER.log(logging.WARNING if found.stands_out or not found.count else logging.INFO, "%s", found.message)
         if self._record_samples is not None:
             self._record_samples(found)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from lipcore.per_sample.open_step import MicroBatch
 from lipcore.per_sample.step_listener import StepListener
 
 _SHOWN = 5
+_BEYOND = 2.0  # times the median: a norm stands out
 _TOO_MANY = "of a step with 256 micro-batches or more they are summed up at once"
 
 
@@ -48,6 +49,11 @@ class SamplesAfterAlarm:
     largest: tuple[SampleNorm, ...]  #: those that are not finite first; none where all are
     message: str  #: a sentence for people
     doubt: str = ""  #: why the norms are not proved to be single samples', not of all parameters, or NaN; "" if exact
+
+    @property
+    def stands_out(self) -> bool:
+        """True where a norm is not finite or beyond twice the median."""
+        return bool(self.count) and not (self.largest and self.largest[0].norm <= _BEYOND * self.median)
 
 
 @dataclass
@@ -245,7 +251,11 @@ def _largest(facts: _Facts, found: Sequence[_Step]) -> SamplesAfterAlarm:
     what = f"the largest gradient norms of {len(values)} samples in {when}{aside}: {', '.join(said)}"
     if not largest:
         what = f"the gradient norms of all {len(values)} samples in {when} are not finite{aside}"
-    return SamplesAfterAlarm(alarm, first, last, len(values), median, largest, f"{begin}: {what}", doubt)
+    told = SamplesAfterAlarm(alarm, first, last, len(values), median, largest, f"{begin}: {what}", doubt)
+    if told.stands_out:
+        return told
+    beyond = f"no gradient norm of {len(values)} samples in {when} is beyond twice the median{aside}"
+    return replace(told, message=f"{begin}: {beyond}; the largest: {said[0]}")
 
 
 def _size(norm: float, median: float) -> str:

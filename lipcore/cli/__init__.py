@@ -106,13 +106,14 @@ def _postmortem(options: argparse.Namespace) -> int:
     from lipcore.report.output import ReportError, write_whole
 
     try:
-        with open_run(options.run, options.rank) as run:
+        follow = options.rank is None and options.run.is_dir()
+        with open_run(options.run, options.rank or 0) as run:
             if options.output is None:
-                print(run.postmortem(options.step))
+                print(run.postmortem(options.step, follow=follow))
             else:
                 from lipcore.report.postmortem.page import postmortem_page
 
-                print(write_whole(postmortem_page(run, options.step), options.output))
+                print(write_whole(postmortem_page(run, options.step, follow=follow), options.output))
     except (RecordError, ReportError, ValueError, ImportError) as error:
         print(f"lipcore postmortem: error: {error}", file=sys.stderr)
         return 2
@@ -210,7 +211,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write it as a page, which needs the extra `report`, in place of words in the terminal",
     )
-    postmortem.add_argument("--rank", type=int, default=0, metavar="N", help="whose file, of a folder (default: 0)")
+    postmortem.add_argument(
+        "--rank", type=int, metavar="N", help="whose file, of a folder (default: that of the rank with the worst alarm)"
+    )
     about = "Write one page that compares recorded runs: where they part, their settings, their curves at equal loss."
     compare = commands.add_parser("compare", help=about, description=about)
     compare.add_argument("run", type=Path, metavar="RUN", help="what the others are compared with")

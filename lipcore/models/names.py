@@ -71,6 +71,17 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return walk(model, "")
 
 
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    """Return the canonical names of parameters by their id(), the first one of what is shared; those that a wrapper
+    itself holds by the name that torch gives them."""
+    found: dict[int, str] = {}
+    for name, module in named_modules(model):
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), with_prefix(name, own))
+    return {id(parameter): name for name, parameter in model.named_parameters()} | found
+
+
 def with_prefix(prefix: str, name: str) -> str:
     """Return the name of what is in a part of a model, by that part's own name."""
     return f"{prefix}.{name}" if prefix else name

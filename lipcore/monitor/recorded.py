@@ -10,6 +10,7 @@ from lipcore.alarms.alarms import Alarms
 from lipcore.alarms.event import AlarmStop
 from lipcore.metric.engine import Engine
 from lipcore.metric.optimizers import updating
+from lipcore.models.names import parameter_names
 from lipcore.models.ranks import rank
 from lipcore.monitor.logged import Logged
 from lipcore.per_sample.grad_norms import PerSampleGradNorms
@@ -46,7 +47,7 @@ class Recorded(Engine):
         endings, model = Endings(ended), self.model
         flight = Flight(
             updating(self._optimizers),
-            model.named_parameters,
+            lambda: parameter_names(model),
             recorder.batches,
             recorder.rates,
             recorder.taken_back,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ class Flight(Listener, StepListener):
 
     Args:
         optimizers: whose rates are read.
-        parameters: returns the model's, with their names.
+        parameters: returns the names of the model's, by their id().
         on_batches: takes the samples of some steps.
         on_rates: takes the first step, learning rates [steps, groups] and the groups' names.
         on_taken_back: told behind which step the norms of samples were wrong, and why.
@@ -45,7 +45,7 @@ class Flight(Listener, StepListener):
     def __init__(
         self,
         optimizers: Sequence[Any],
-        parameters: Callable[[], Iterable[tuple[str, Tensor]]],
+        parameters: Callable[[], Mapping[int, str]],
         on_batches: Callable[[Sequence[Batch]], None],
         on_rates: OnRates,
         on_taken_back: Callable[[int, str], None],
@@ -243,7 +243,7 @@ class Flight(Listener, StepListener):
             self._on_rates(last - len(rates) + 1, np.array(rates), self._group_names)
 
     def _named_groups(self, count: int) -> list[str]:
-        names = {id(parameter): name for name, parameter in self._parameters()}
+        names = self._parameters()
         groups = [group for optimizer in self._optimizers for group in _groups(optimizer)]
         found = [f"param_groups[{i}]{_inside(group, names)}" for i, group in enumerate(groups)]
         return (found + [f"param_groups[{i}]" for i in range(len(found), count)])[:count]  # of groups that are gone

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -143,6 +144,18 @@ def _locked(path: Path) -> int | None:
             os.close(file)
             raise
         os.close(file)  # whoever had it has removed it meanwhile: a lock of a file that nobody else will find
+
+
+def rank_of(path: Path) -> int | None:
+    """Return the rank whose record a file is, by its name; None where that does not say it."""
+    found = re.fullmatch(rf"rank(\d+){re.escape(SUFFIX)}", path.name)
+    return None if found is None else int(found[1])
+
+
+def was_cut_off(path: Path) -> bool:
+    """Say whether the writer of a record has ended without closing it: nobody writes it, and the right to do so was not
+    given back."""
+    return _lock_of(path).exists() and not being_written(path)
 
 
 def being_written(path: Path) -> bool:

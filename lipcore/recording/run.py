@@ -17,7 +17,7 @@ from lipcore.models.arguments import check_count
 from lipcore.models.names import listed
 from lipcore.recording import plots
 from lipcore.recording.batches import Batch, read_batches
-from lipcore.recording.location import being_written
+from lipcore.recording.location import being_written, rank_of, was_cut_off
 from lipcore.recording.pack import UnpackedWindow
 from lipcore.recording.run_file import ANY, RunFile, file_of
 from lipcore.recording.schema import RecordError
@@ -149,6 +149,29 @@ class Run(Showable):
         return being_written(self.path)
 
     @property
+    def was_cut_off(self) -> bool:
+        """True where the process that wrote the file has ended without closing it."""
+        return was_cut_off(self.path)
+
+    @property
+    def rank(self) -> int | None:
+        """Rank whose record this is; None where the file's name does not say it."""
+        return rank_of(self.path)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Ranks whose records lie in the run's folder, this one's too."""
+        found = (rank_of(path) for path in self.path.parent.iterdir())
+        return sorted(rank for rank in found if rank is not None)
+
+    def of_rank(self, rank: int) -> Run | None:
+        """Return the record of another rank of this run; None where it cannot be read."""
+        try:
+            return Run(self.path.parent, rank)
+        except (RecordError, ValueError):
+            return None
+
+    @property
     def windows(self) -> History:
         """The closed windows, oldest first."""
         return History(self.each_window())
@@ -195,19 +218,21 @@ class Run(Showable):
 
         return Page(page_of(self), self.name)
 
-    def postmortem(self, step: int | None = None) -> Account:
+    def postmortem(self, step: int | None = None, *, follow: bool | None = None) -> Account:
         """Look into a step in which something went wrong: printed, it says what moved first and in which layer, how it
         spread, which samples stand out, and what to check; docs/postmortem.md.
 
         Args:
-            step: default: that of the alarm with the largest score, without alarms that of the exception that ended it.
+            step: default: that of the worst alarm, without alarms that of the exception that ended it.
+            follow: of several ranks, look into the record of the one that has the worst alarm, or ended first, where it
+                lies beside; default: from rank 0's record.
 
         Raises:
             ValueError: the step is not in the record; there is no alarm, and no step was asked for.
         """
         from lipcore.report.postmortem.reading import account_of
 
-        return account_of(self, step)
+        return account_of(self, step, follow=follow)
 
     # ---- pictures; they need matplotlib
 

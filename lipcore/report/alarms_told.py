@@ -18,14 +18,16 @@ SAMPLES = "samples after an alarm"
 
 def worst_first(alarms: Iterable[Happened]) -> list[Happened]:
     """Return alarms by kind: values that are not finite, what the optimizer did not move, others, the samples' order;
-    then by score, the largest first, but those of samples by step; one without a score before those that have one."""
+    then by score, the largest first, but those of samples by step; one without a score before those that have one. In
+    one step a loss that is not finite comes before parameters, which are on every rank what it made of them."""
 
-    def rank(event: Happened) -> tuple[int, float, int]:
+    def rank(event: Happened) -> tuple[int, float, int, bool]:
         score, signal = event.data.get("score"), event.data.get("signal")
         if signal == _COUNTS:
-            return len(_EXACT) + 1, 0.0, event.step
+            return len(_EXACT) + 1, 0.0, event.step, False
         kind = _EXACT.index(signal) if signal in _EXACT else len(_EXACT)
-        return (kind, -math.inf if score is None else -abs(float(score)), event.step)
+        later = signal == _EXACT[0] and event.data.get("place") != "total"
+        return kind, -math.inf if score is None else -abs(float(score)), event.step, later
 
     return sorted(alarms, key=rank)
 

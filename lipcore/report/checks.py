@@ -44,9 +44,10 @@ def _alarms(facts: Facts) -> Check:
         place = str(worst.data.get("place", "total"))
         where = "" if place == "total" or worst.data.get("signal") == "nonfinite" else f", {in_words(place)}"
         more = "; the worst" if len(alarms) > 1 else ""
-        return Check(
-            "Alarms", "fired", f"{count(len(alarms), 'alarm')}{more} in step {worst.step:,}{where}: {told(worst)}"
-        )
+        said = f"{count(len(alarms), 'alarm')}{more} in step {worst.step:,}{where}: {told(worst)}"
+        rank = worst.data.get("rank")
+        of_rank = "" if rank is None else f"; what is below is not of that rank, --rank {rank} shows it"
+        return Check("Alarms", "fired", said + of_rank)
     known = facts.config.get("alarms")
     if not known or known == "off":
         said = "were off" if known == "off" else "are not in this record"

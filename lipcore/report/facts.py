@@ -52,6 +52,8 @@ class Facts:
     samples: LargestSamples = field(default_factory=LargestSamples)
     theory: list[Statement] = field(default_factory=list)  #: about the whole run
     unread: list[str] = field(default_factory=list)
+    rank: int | None = None  #: whose record it is
+    ranks: list[int] = field(default_factory=list)  #: all whose records lie beside, this one's too
 
     @property
     def config(self) -> dict[str, Any]:
@@ -80,6 +82,7 @@ def facts_of(run: Source) -> Facts:
             facts.unread.append(f"{what}: {error}")
 
     with run.as_of_now():
+        tried("ranks", lambda: _read_ranks(facts, run))
         tried("starts", lambda: facts.starts.extend(run.starts))
         tried("events", lambda: facts.events.extend(run.events))
         quantities: list[str] = []
@@ -100,6 +103,10 @@ def facts_of(run: Source) -> Facts:
 
 #: What reading a file that is cut off or damaged raises; RecordError, which cannot be imported here, is a RuntimeError.
 _UNREADABLE = (RuntimeError, sqlite3.Error, zlib.error, ValueError, KeyError, IndexError, TypeError)
+
+
+def _read_ranks(facts: Facts, run: Source) -> None:
+    facts.rank, facts.ranks = run.rank, list(run.ranks)
 
 
 def _read_extent(facts: Facts, run: Source) -> None:

@@ -98,6 +98,8 @@ def run_facts(facts: Facts) -> Html:
     if facts.starts:
         begin, end = facts.starts[0].wall, max(facts.last_wall, facts.starts[-1].wall)
         said.append(f"{_time(begin)} to {_time(end, day=_time(begin)[:10] != _time(end)[:10])} UTC")
+    if len(facts.ranks) > 1 and facts.rank is not None:
+        said.append(f"loss, samples and single steps of rank {facts.rank} alone (--rank N: another's)")
     again = [start.kind for start in facts.starts[1:]]
     said += [count(again.count(kind), kind) for kind in dict.fromkeys(again)]
     said += ["being written now"] if facts.being_written else []

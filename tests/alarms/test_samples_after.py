@@ -481,10 +481,15 @@ def test_what_is_not_proved_is_said_beside_the_samples(tmp_path: Path) -> None:
 
 def test_the_first_doubt_of_all_steps_is_said_and_why_norms_are_nan() -> None:
     assert told([1.0], [2.0]).doubt == ""
-    assert told([1.0], [2.0], doubts=["", "no proof"]).message.endswith(
-        "of 2 samples in steps 11 to 12 (no proof): row 0 in step 12 (2, 1.33 times the median), "
-        "row 0 in step 11 (1, 0.667 times the median)"
+    usual, beyond = told([1.0], [2.0], doubts=["", "no proof"]), told([1.0, 1.0], [2.5], doubts=["", "no proof"])
+    assert not usual.stands_out
+    assert usual.message.endswith(
+        "no gradient norm of 2 samples in steps 11 to 12 is beyond twice the median (no proof); "
+        "the largest: row 0 in step 12 (2, 1.33 times the median)"
     )
+    assert beyond.stands_out
+    assert "of 3 samples in steps 11 to 12 (no proof): row 0 in step 12 (2.5, 2.5 times the median), " in beyond.message
+    assert told([float("nan")], [1.0]).stands_out
     assert told([float("nan")] * 2, doubts=["no rule"]).message.endswith(
         "the gradient norms of all 2 samples in step 11 are not finite (no rule)"
     )

@@ -5,32 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from lipcore.report.alarms_told import is_unexplained
 from lipcore.report.postmortem.changes import Change
+from lipcore.report.postmortem.rates import Rate
 from lipcore.report.postmortem.samples import Samples
 from lipcore.report.source import Happened
 
 UPDATE = "trajectory/update_norm"
-_JUMP = 1.5  # of a learning rate from one step to the next
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Learning rate of a group of the optimizer, or as it was logged: in the step, in the step before, and the
-    greatest of the steps before that are compared with."""
-
-    group: str
-    here: float
-    before: float
-    greatest: float
-
-    @property
-    def jumped(self) -> bool:
-        """True where it is another one than in the step before, by half or more."""
-        times = self.here / self.before if self.before > 0 else np.nan
-        return bool(times > _JUMP or times < 1 / _JUMP)
 
 
 @dataclass(frozen=True)
@@ -55,6 +36,7 @@ class Account:
         changes: what changed, in order.
         compared: steps that it was compared with; 0 where there were too few.
         beyond: the place whose update is most out of proportion to its gradient where it began, and how many times.
+        gradients_usual: the norms of gradients are known where it began, and there was no alarm on them near by.
         weakest: the largest score that is no change, where there is no change.
         samples: of the step in which it began, and of `step` where that is another one.
         named: sentences on the samples with the largest gradient norms in the steps after alarms near by.
@@ -62,6 +44,13 @@ class Account:
         scale: of a GradScaler, in the step in which it began and in the step before; None where it was not recorded.
         logged: what else was logged: name, value in the step in which it began, in the step before.
         others: other alarms and ends of the run near by.
+        rank: whose record all of this is from; None where its file's name does not say it.
+        asked: the rank whose record was asked for, where this is another's, which has the event.
+        ranks: other ranks of the run whose records can be read.
+        elsewhere: rank and event of what happened near by on these.
+        cut_off: sentences on ranks whose records break off.
+        parted: sentences on the steps around that were made on another number of ranks, or are of other parts of the
+            parameters, and are not compared with.
         missing: what the record does not have, and how it is recorded.
         folded: some of the steps are in the record as means of 64 alone.
         text: all of it in words.
@@ -76,6 +65,7 @@ class Account:
     changes: Sequence[Change] = ()
     compared: int = 0
     beyond: tuple[str, float] | None = None
+    gradients_usual: bool = False
     weakest: tuple[str, str, int, float] | None = None
     samples: Sequence[Samples] = ()
     named: Sequence[str] = ()
@@ -84,6 +74,12 @@ class Account:
     scale: tuple[float, float] | None = None
     logged: Sequence[tuple[str, float, float]] = ()
     others: Sequence[Happened] = ()
+    rank: int | None = None
+    asked: int | None = None
+    ranks: Sequence[int] = ()
+    elsewhere: Sequence[tuple[int, Happened]] = ()
+    cut_off: Sequence[str] = ()
+    parted: Sequence[str] = ()
     missing: Sequence[tuple[str, str]] = field(default_factory=list)
     folded: bool = False
     text: str = ""
@@ -118,8 +114,10 @@ class Account:
 
     @property
     def jumps(self) -> list[Rate]:
-        """Learning rates that jumped."""
-        return [rate for rate in self.rates if rate.jumped]
+        """Learning rates that jumped where something changed: upwards, or to less where updates became smaller, since a
+        schedule may go down in steps."""
+        fell = any(one.quantity == UPDATE and one.times < 1 for one in self.at_begin) if self.changes else False
+        return [rate for rate in self.rates if rate.jumped and self.changes and (fell or rate.here > rate.before)]
 
     def __str__(self) -> str:
         return self.text

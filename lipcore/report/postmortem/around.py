@@ -30,6 +30,18 @@ class Around:
         return self._run.being_written
 
     @property
+    def was_cut_off(self) -> bool:
+        return self._run.was_cut_off
+
+    @property
+    def rank(self) -> int | None:
+        return self._run.rank
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        return self._run.ranks
+
+    @property
     def starts(self) -> Sequence[Started]:
         return self._run.starts
 
@@ -72,3 +84,10 @@ class Around:
     def as_of_now(self) -> AbstractContextManager[None]:
         """Read the file as it is now."""
         return self._run.as_of_now()
+
+    def of_rank(self, rank: int) -> Source | None:
+        """Return the whole record of another rank."""
+        return self._run.of_rank(rank)
+
+    def close(self) -> None:
+        """Leave the run open: it is somebody else's."""

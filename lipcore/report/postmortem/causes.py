@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lipcore.report.html import number
-from lipcore.report.postmortem.account import Account, Rate
+from lipcore.report.postmortem.account import Account
+from lipcore.report.postmortem.rates import Rate
 from lipcore.report.postmortem.samples import Samples
 
 _WRITTEN = (
@@ -35,7 +36,8 @@ def cause_of(account: Account) -> str:
     if what == {"weight norm"}:
         return "Weights changed without an update of the optimizer: something else wrote to them."
     if by_optimizer(account):
-        said = "The gradients were as usual, the updates were not"
+        usual = account.gradients_usual
+        said = "The gradients were as usual, the updates were not" if usual else "The updates were not as usual"
         if account.beyond is not None:
             place, times = account.beyond
             said = f"The update of {place} is {number(times)} times as large as its gradient explains"

@@ -15,9 +15,23 @@ from lipcore.report.plots import Plots, check_installed
 from lipcore.report.postmortem.account import Account
 from lipcore.report.postmortem.around import Around
 from lipcore.report.postmortem.causes import checks_of
-from lipcore.report.postmortem.reading import RATES, account_of
+from lipcore.report.postmortem.ranks import looked_into
+from lipcore.report.postmortem.rates import RATES
+from lipcore.report.postmortem.reading import account_from
 from lipcore.report.postmortem.samples import Samples
-from lipcore.report.postmortem.words import beside, cells, headline, of_ranking, sentence, settings, spread, told_of
+from lipcore.report.postmortem.words import (
+    IDS_ALONE,
+    beside,
+    cells,
+    elsewhere,
+    headline,
+    of_ranking,
+    over_rate,
+    sentence,
+    settings,
+    spread,
+    told_of,
+)
 from lipcore.report.ratio_map import RatioMap
 from lipcore.report.section import Figure, Missing
 from lipcore.report.sections.training import training
@@ -27,19 +41,24 @@ from lipcore.report.stretch import stretch
 _MOST_RATES = 5  # lines of one figure
 
 
-def postmortem_page(run: Source, step: int | None = None) -> str:
+def postmortem_page(run: Source, step: int | None = None, *, follow: bool | None = None) -> str:
     """Return the page about a step of a run as HTML.
 
     Args:
         run: as :func:`lipcore.open_run` returns it.
         step: default: that of the worst alarm, without alarms that of the exception that ended it.
+        follow: look into the record of the rank that has the worst alarm, or ended first; default: from rank 0's.
 
     Raises:
         ValueError: the step is not in the record; there is no alarm, and no step was asked for.
         ImportError: bokeh is missing.
     """
     check_installed()
-    account = account_of(run, step)
+    with looked_into(run, step, follow=follow) as looked:
+        return _page(looked.run, account_from(looked, step))
+
+
+def _page(run: Source, account: Account) -> str:
     facts = facts_of(Around(run, account.first, account.last))
     marked = sorted({account.begin, account.step, *(event.step for event in facts.alarms)})
     plots = Plots(facts.first_step, facts.last_step, marked)
@@ -95,6 +114,7 @@ def _spread(account: Account) -> Html:
         return html("")
     heads = ("first in step", "layer", "what", "times the usual", "at the most", "most in parameter")
     said = "Layers in the order in which they changed; in one step those first whose numbers are least usual."
+    said += " Update norms are over the learning rate." if over_rate(account) else ""
     table = Table(heads, rows, most=12, of_numbers=False)
     return tag("section", tag("h2", "How it spread"), tag("p", said), table.html(), id="spread")
 
@@ -105,6 +125,7 @@ def _samples(samples: Samples) -> Html:
         table = Table(("id", "gradient norm", "loss"), [cells(sample) for sample in ranking.top])
         tables.append(tag("div", tag("p", f"By {ranking.by}: {of_ranking(samples, ranking)}."), table.html()))
     said = f"The largest of {count(samples.count, 'sample')}; those that are not finite come first."
+    said = said if tables else f"{count(samples.count, 'sample')}: {IDS_ALONE}."
     title = tag("h2", f"Samples of step {samples.step:,}")
     return tag("section", title, tag("p", said), tag("div", *tables, class_="beside"), id=f"samples-{samples.step}")
 
@@ -145,7 +166,7 @@ def _rates(run: Source, account: Account, plots: Plots) -> list[Figure]:
 
 
 def _near(account: Account, facts: Facts) -> Html:
-    lines = [beside(event) for event in account.others]
+    lines = [*(beside(event) for event in account.others), *elsewhere(account)]
     lines += [f"not readable: {what}" for what in facts.unread]
     if not lines:
         return html("")

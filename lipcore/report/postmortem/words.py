@@ -8,15 +8,17 @@ from collections.abc import Sequence
 
 from lipcore.report.alarms_told import heard_from, is_unexplained, told
 from lipcore.report.html import count, in_words, number, printable, shortened_name
-from lipcore.report.postmortem.account import Account, Rate
+from lipcore.report.postmortem.account import Account
 from lipcore.report.postmortem.causes import cause_of, checks_of
-from lipcore.report.postmortem.changes import BEFORE, LEAD, Change
+from lipcore.report.postmortem.changes import BEFORE, GAP, LEAD, Change
+from lipcore.report.postmortem.rates import Rate
 from lipcore.report.postmortem.samples import Ranking, Sample, Samples
 from lipcore.report.source import Happened
 
 _WIDTH = 80
 _ROWS = 12
 _NAME = 28
+_LONG = 240  # characters of an event
 _MOST_UNEXPLAINED = 3
 _SHARE = 0.3  # of a batch's loss, that is told of one sample
 
@@ -25,13 +27,15 @@ def text_of(account: Account) -> str:
     """Return an account in words, in lines of 80 characters."""
     parts = [_wrapped(headline(account)), *map(_wrapped, told_of(account))]
     if account.places:
-        parts.append("\n".join(["How it spread", *_rows(spread(account))]))
+        title = "How it spread" + ", update norms over the learning rate" * over_rate(account)
+        parts.append("\n".join([title, *_rows(spread(account))]))
     for title, lines in (("Learning rate, clipping, and what was logged", settings(account)),):
         parts += ["\n".join([title, *(_item(line) for line in lines)])] if lines else []
     parts += ["\n".join(_samples(one)) for one in account.samples]
     for title, lines in (
         ("Samples in the steps after", [sentence(said) for said in account.named]),
         ("Near by", [beside(event) for event in account.others[:_ROWS]]),
+        ("On other ranks", elsewhere(account)),
         ("What to check", checks_of(account)),
         ("Not in this record", [f"{what}: {how}" for what, how in account.missing]),
     ):
@@ -41,7 +45,8 @@ def text_of(account: Account) -> str:
 
 def headline(account: Account) -> str:
     """Return what is looked at, and why."""
-    said = f"Run {account.run}, step {account.step:,}"
+    rank = f", rank {account.rank}" if account.ranks else ""
+    said = f"Run {account.run}{rank}, step {account.step:,}"
     event = account.event
     if event is None:
         first = account.at_begin[0] if account.changes else None
@@ -53,7 +58,27 @@ def headline(account: Account) -> str:
 
 def told_of(account: Account) -> list[str]:
     """Return sentences on what the optimizer did not move, on what moved first, and on the cause."""
-    return [*map(_unexplained, account.unexplained[:_MOST_UNEXPLAINED]), *_moved_first(account)]
+    unexplained = map(_unexplained, account.unexplained[:_MOST_UNEXPLAINED])
+    parted = [f"{sentence(said)}: the two are not compared." for said in account.parted]
+    return [*unexplained, *_moved_first(account), *parted, *_of_ranks(account)]
+
+
+def _of_ranks(account: Account) -> list[str]:
+    """Say whose numbers all of this is of, where there are several ranks."""
+    told = account.event.data.get("rank") if account.event is not None else None
+    if told is not None:
+        where = "Its record lies beside" if told in account.ranks else "Its record is not here, or does not have it"
+        here = "another rank" if account.rank is None else f"rank {account.rank}"
+        said = f"The alarm is of rank {told}, and all else here of {here}. {where}: --rank {told} looks into it."
+        return [said, *(f"{said}." for said in account.cut_off)]
+    if not account.ranks:
+        return [f"{said}." for said in account.cut_off]
+    ranks = sorted(account.ranks)
+    others = f"--rank N shows those of others, {ranks[0]} to {ranks[-1]}"
+    others = f"--rank {ranks[0]} shows those of rank {ranks[0]}" if len(ranks) == 1 else others
+    why = "" if account.asked is None else f", not rank {account.asked}, since it is what happened there"
+    said = f"Loss, samples and single steps are of rank {account.rank} alone{why}; {others}."
+    return [said, *(f"{said}." for said in account.cut_off)]
 
 
 def _unexplained(event: Happened) -> str:
@@ -66,10 +91,11 @@ def _unexplained(event: Happened) -> str:
 def _moved_first(account: Account) -> list[str]:
     if account.compared == 0:
         nothing = "the steps around are in the record as means of 64 alone" if account.folded else "nothing before it"
+        nothing = "those before were made on other ranks" if account.parted else nothing
         return [f"What moved first cannot be said: there is too little to compare the step with ({nothing})."]
     if not account.changes:
         said = (
-            f"Nothing in steps {max(account.first, account.step - LEAD):,} to {account.last:,} is beyond what is usual."
+            f"Nothing in steps {max(account.first, account.step - GAP):,} to {account.last:,} is beyond what is usual."
         )
         if account.weakest is not None:
             what, place, step, score = account.weakest
@@ -85,10 +111,15 @@ def _moved_first(account: Account) -> list[str]:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         also = "also" if others else "in the same step also"
         others += f"; {also} in {', '.join(map(in_words, names[:4]))}{more}"
-    parts = [f"First: step {first.step:,}, {change(first)}{others}."]
-    if away := account.step - account.begin:
-        what = "the alarm" if account.event is not None else "the step that was asked for"
-        parts.append(f"That is {count(abs(away), 'step')} {'before' if away > 0 else 'after'} {what}.")
+    parts, begun = [], f"step {first.step:,}, {change(first)}{others}."
+    away = account.step - account.begin
+    what = "the alarm" if account.event is not None else "the step that was asked for"
+    if away < 0:
+        beside = ", beside the alarm itself" if account.event is not None else ""
+        said = f"in steps {max(account.first, account.step - GAP):,} to {account.step:,} is beyond what is usual"
+        parts += [f"Nothing {said}{beside}.", f"After {what}, first: {begun}"]
+    else:
+        parts += [f"First: {begun}", *([f"That is {count(away, 'step')} before {what}."] if away else [])]
     earlier = [f"{one.step:,}" for one in account.others if one.kind == "alarm" and one.step < account.begin]
     if earlier:
         parts.append(f"There were alarms before, in step {', '.join(earlier[-3:])}: --step shows each.")
@@ -106,7 +137,8 @@ def change(one: Change) -> str:
     inside = f" (most in {one.parameter})" if one.parameter and one.parameter != one.place else ""
     if not one.finite:
         return f"{one.what}{_of(one.place)} is not finite{inside}"
-    return f"{one.what}{_of(one.place)}, {number(one.times)} times its usual value{inside}"
+    over = " over learning rate" if one.over_rate else ""
+    return f"{one.what}{over}{_of(one.place)}, {number(one.times)} times its usual value{inside}"
 
 
 def spread(account: Account) -> list[tuple[str, ...]]:
@@ -122,6 +154,11 @@ def spread(account: Account) -> list[tuple[str, ...]]:
         )
         for one in account.places
     ]
+
+
+def over_rate(account: Account) -> bool:
+    """Say whether update norms that spread were judged without changes of the learning rate."""
+    return any(one.over_rate for one in account.places)
 
 
 def sentence(said: str) -> str:
@@ -202,8 +239,23 @@ def beside(event: Happened) -> str:
     return f"step {event.step:,}, {event.kind}: {told(event) if event.kind == 'alarm' else event.text}"
 
 
+def elsewhere(account: Account) -> list[str]:
+    """Return what happened near by on other ranks, in words."""
+    lines = [f"rank {rank}, {beside(event)}" for rank, event in account.elsewhere[:_ROWS]]
+    more = len(account.elsewhere) - len(lines)
+    return [*(_short(line) for line in lines), *([f"and {more} more"] if more else [])]
+
+
+IDS_ALONE = "their ids alone were recorded, neither gradient norms nor losses"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONG else f"{text[: _LONG - 1].rstrip()}…"
+
+
 def _samples(samples: Samples) -> list[str]:
     lines = [f"Samples of step {samples.step:,} ({samples.count})"]
+    lines += [] if samples.rankings else [_item(IDS_ALONE)]
     for ranking in samples.rankings:
         lines.append(_item(f"by {ranking.by}: {of_ranking(samples, ranking)}"))
         if ranking.top:

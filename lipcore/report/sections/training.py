@@ -5,6 +5,7 @@ from __future__ import annotations
 from lipcore.report.binned import Binned
 from lipcore.report.facts import Facts
 from lipcore.report.html import Html, Table, joined, name_of, number, shortened_name
+from lipcore.report.parts import other_parts
 from lipcore.report.plots import Plots
 from lipcore.report.ratio_map import RatioMap
 from lipcore.report.section import Figure, Missing, Section, with_metric
@@ -57,6 +58,11 @@ def training(facts: Facts, plots: Plots, ratios: RatioMap | None) -> tuple[Secti
         notes.append("Older steps of this record were folded to least value, mean and greatest value of 64 each.")
     if any(line.lost.any() for line in facts.lines.values()):
         notes.append("Grey: steps in which the number is NaN or infinite.")
+    notes += [
+        f"Norms of single steps are not alike before and behind step {one.last:,}: {one}."
+        for one in other_parts(facts.starts)
+        if facts.first_step <= one.last < facts.last_step
+    ]
     if facts.alarms:
         notes.append("Dashed lines and circles are alarms.")
     return Section("training", "Step by step", figures=figures, notes=notes), missing
