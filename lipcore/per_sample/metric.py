@@ -263,6 +263,9 @@ class PerSampleMetric(SampleObserver):
             window.unproved.handed_out.add(result)
         return result
 
+    def observe_divided_gradients(self) -> None:
+        """Leave it: the sums over samples are of gradients as backward passes add them up."""
+
     def rank_part(self) -> RankPart | str:
         """Return what the open window adds to that of all ranks, or why there is nothing to add."""
         if self._capture is None or self._holding is None or self._model is None:

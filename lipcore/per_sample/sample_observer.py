@@ -343,9 +343,6 @@ class SampleObserver(StandaloneMetric):
         if step.sums is not None and step:
             step.sums.read_gradients()
 
-    def observe_divided_gradients(self) -> None:
-        """Leave it: the sums over samples are of gradients as backward passes add them up."""
-
     def step_made(self) -> None:
         self._next.take()  # set for a backward pass that did not come, or that was in a step without records
         self._reduction.forget()
