@@ -19,11 +19,14 @@ RIGHT = {
 }  # fmt: skip
 _WAIT = r"fully_shard\(\) had not reduced all of its gradients yet when .* set these to True before"
 _THERE = r"gradients were there already when its first backward pass began"
+_RULE = r"the {0} was given a rule of its own by which gradients are reduced \(a communication hook, another divisor\)"
 #: Per window, how many of its four steps are left out, and why.
 LEFT_OUT = {
     "never_synced": [{_WAIT: 2}, {_THERE: 1}],
     "half_synced": [{_WAIT: 4}],
     "not_emptied": [{_THERE: 2}],
+    "late_hook": [{}, {_RULE.format("DistributedDataParallel"): 3}],
+    "late_divisor": [{}, {_RULE.format(r"fully_shard\(\)ed model"): 1}],
 }
 
 

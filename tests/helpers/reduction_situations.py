@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rank_situations import STEPS, WINDOW, data_of, fsdp, made
-from sample_situations import NAME, Truth, compared, mean_loss, monitored, quiet
+from sample_situations import DDP, NAME, Truth, compared, mean_loss, monitored, quiet
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -160,9 +161,34 @@ def not_emptied(rank: int, world: int) -> Any:
     return left_out(at_once(), rank, world, empties=lambda step: step % 2 == 0)
 
 
+def late_hook(rank: int, world: int) -> Any:
+    """In the second window a communication hook adds gradients up, and takes no mean."""
+
+    def added(_: Any, bucket: Any) -> Any:
+        return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+    added.__annotations__.clear()  # torch knows no names of types
+
+    def before(model: Any, step: int) -> None:
+        if step == WINDOW + 1:
+            model.register_comm_hook(None, added)
+
+    return left_out(DDP(made()), rank, world, before, windows=2)
+
+
+def late_divisor(rank: int, world: int) -> Any:
+    """A step of the second window has another divisor, and the next one again none."""
+
+    def before(model: Any, step: int) -> None:
+        for layer in (model.a, model.b, model):
+            layer.set_gradient_divide_factor(1.0 if step == WINDOW + 1 else None)
+
+    return left_out(fsdp(made()), rank, world, before, windows=2)
+
+
 def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, ranks and work of each that needs so many."""
     two = (at_once_reduced, at_once_synced, kept_gathered, kept_by_backward, in_another_dtype, never_synced,
-           half_synced, not_emptied)  # fmt: skip
+           half_synced, not_emptied, late_hook, late_divisor)  # fmt: skip
     for work in two if ranks == 2 else (within_replicas, cut_again):
         yield work.__name__, ranks, quiet(work)

@@ -163,6 +163,8 @@ class NoiseSums:
         # DDP writes what it has reduced over the ranks, which is a change too.
         alone = not under_process_group()
         self._hooked = False
+        if why := self._reduction.own_rule():  # which may have been given since the first step
+            self.spoil(why)
         for name, parameter in self._measured().items():  # one that was frozen may still have a gradient of before
             if parameter.grad is not None and name in self._layer_index.layer_of:
                 part = gradient_part(parameter, parameter.grad)
