@@ -30,6 +30,13 @@ LEFT_OUT = {
 }
 
 
+#: Norms are right; of the noise scale this is said.
+WITHOUT_NOISE = {
+    2: {"hook_on_one_rank": "on rank 1: " + _RULE.format("DistributedDataParallel")},
+    4: {"stages_of_replicas": r"ranks hold other layers \(stages of a pipeline\)"},
+}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: Any) -> dict[int, Found]:
     """What every rank has found, by number of ranks."""
@@ -39,7 +46,7 @@ def runs(tmp_path_factory: Any) -> dict[int, Found]:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_situation_is_in_the_table(ranks: int) -> None:
     names = [name for name, *_ in situations(ranks)]
-    assert sorted(names) == sorted([*RIGHT[ranks], *(LEFT_OUT if ranks == 2 else ())])
+    assert sorted(names) == sorted([*RIGHT[ranks], *WITHOUT_NOISE[ranks], *(LEFT_OUT if ranks == 2 else ())])
 
 
 @pytest.mark.parametrize(
@@ -60,3 +67,12 @@ def test_steps_are_left_out_by_name(runs: dict[int, Found], name: str) -> None:
             assert all(re.search(pattern, why) for pattern, why in zip(reasons, said, strict=True)), said
             assert count == 4 - sum(reasons.values())
         assert all(numbers["norms"])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name"), [pytest.param(ranks, name, id=name) for ranks, names in WITHOUT_NOISE.items() for name in names]
+)
+def test_norms_without_a_noise_scale(runs: dict[int, Found], ranks: int, name: str) -> None:
+    for numbers in runs[ranks][name]:
+        assert_right(numbers)
+        assert re.search(WITHOUT_NOISE[ranks][name], numbers["said"]), numbers["said"]

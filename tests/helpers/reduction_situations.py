@@ -1,15 +1,16 @@
-"""Situations of several ranks in when their gradients are reduced, and by which rule, each beside one float64 process
-that computes the gradient of every sample by itself."""
+"""Situations of several ranks in when, by which rule and over whom their gradients are reduced, each beside one float64
+process that computes the gradient of every sample by itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pipeline import STAGES, run_stage, stage_of
 from rank_situations import STEPS, WINDOW, data_of, fsdp, made
-from sample_situations import DDP, NAME, Truth, compared, mean_loss, monitored, quiet
+from sample_situations import DDP, NAME, Truth, compared, mean_loss, merged, monitored, quiet
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -186,9 +187,51 @@ def late_divisor(rank: int, world: int) -> Any:
     return left_out(fsdp(made()), rank, world, before, windows=2)
 
 
+def hook_on_one_rank(rank: int, world: int) -> Any:
+    """Rank 1 alone has a communication hook, which does as DDP does."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    model = DDP(made())
+    if rank == 1:
+        model.register_comm_hook(None, allreduce_hook)
+    return norms_of(merged(model, data_of(range(world))[rank]), Truth(made()).windows(data_of(range(world))))
+
+
+def stages_of_replicas(rank: int, world: int) -> Any:
+    """Two stages of a pipeline, each with its gradient averaged over two ranks of its own."""
+    halves = [list(range(world // 2)), list(range(world // 2, world))]
+    groups = [dist.new_group(half) for half in halves]
+    number, replica = divmod(rank, world // 2)
+    stage = DDP(stage_of(made(), number), process_group=groups[number])
+    peer = halves[1 - number][replica]
+    batches = data_of(halves[0])
+    optimizer, monitor = monitored(stage, prefix=f"stages.{number}")
+    found = []
+    with monitor:
+        for x, y in batches[replica]:
+            optimizer.zero_grad()
+            run_stage(stage, number, x, y, peer)
+            optimizer.step()
+            if (window := monitor.global_window()) is not None:
+                found.append(window)
+    expected = []
+    for numbers in Truth(made()).windows(batches):
+        split = {key.rpartition("/"): value for key, value in numbers.items()}
+        expected.append({f"{key}/{STAGES[place]}": v for (key, _, place), v in split.items() if place in STAGES})
+    return norms_of(found, expected)
+
+
+def norms_of(windows: Sequence[Any], expected: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The errors of norms, and why there is no noise scale."""
+    norms = [{key: value for key, value in each.items() if "/norm." in key} for each in expected]
+    assert all("noise_scale" not in window[NAME] for window in windows)
+    return compared(windows, norms) | {"said": windows[-1][NAME].details["noise_scale_off"]}
+
+
 def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, ranks and work of each that needs so many."""
     two = (at_once_reduced, at_once_synced, kept_gathered, kept_by_backward, in_another_dtype, never_synced,
-           half_synced, not_emptied, late_hook, late_divisor)  # fmt: skip
-    for work in two if ranks == 2 else (within_replicas, cut_again):
+           half_synced, not_emptied, late_hook, late_divisor,
+           hook_on_one_rank)  # fmt: skip
+    for work in two if ranks == 2 else (within_replicas, cut_again, stages_of_replicas):
         yield work.__name__, ranks, quiet(work)
