@@ -45,7 +45,10 @@ UNREDUCED = (
     "(set_requires_gradient_sync(False) or set_requires_all_reduce(False) in the last backward pass), so that they "
     "enter the next step; set these to True before a step's last backward pass"
 )
-SHARDED = "gradients are sharded, and a rank knows the norm of its shard only"
+SHARDED = (
+    "gradients are sharded, and a rank knows the norm of its shard only; monitor.global_window() has the noise scale "
+    "of all ranks"
+)
 NO_SAMPLES = (
     "the gradient is longer than the mean of its samples' gradients can be, so it has parts that are no sample's "
     "(a penalty in the loss), or the loss reduction is not what was declared"
