@@ -8,18 +8,14 @@ import torch
 from torch import nn
 
 from lipcore.models.ranks import rank
+from lipcore.models.reduction import Reduction
 from lipcore.models.tensor_parallel import averaging_ranks, part_ranks
-from lipcore.models.torch_internals import reduces_by_own_rule
 
 UNKNOWN = (
     "there are other ranks, and the model is no DistributedDataParallel and not fully_shard()ed here, so that nobody "
     "knows whose samples are in its gradient; pass the wrapped module that your loop calls (a trainer's callback finds "
     "its DistributedDataParallel, and no other wrapper), or, where each rank trains a model of its own, "
     "group=None to the Monitor"
-)
-_OWN_RULE = (
-    "the {0} was given a rule of its own by which gradients are reduced (a communication hook, another divisor), so "
-    "that nobody knows whose mean they are; leave that out"
 )
 _MESHES = "its parameters lie on several device meshes, so that nobody knows whose mean their gradients are"
 
@@ -29,12 +25,12 @@ def averaged_over(model: nn.Module) -> tuple[tuple[int, ...], str]:
     is not known."""
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
-            if reduces_by_own_rule(module):
-                return (), _OWN_RULE.format("DistributedDataParallel")
+            if why := Reduction(module).own_rule():
+                return (), why
             return tuple(torch.distributed.get_process_group_ranks(module.process_group)), ""
     if part_ranks(model, model.named_parameters()) is not None:  # and others hold parts of the same gradient
-        if any(reduces_by_own_rule(module) for module in model.modules()):
-            return (), _OWN_RULE.format("fully_shard()ed model")
+        if why := Reduction(model).own_rule():
+            return (), why
         several = averaging_ranks(model)
         return ((), _MESHES) if len(several) > 1 else (tuple(sorted(several[0])) if several else (rank(),), "")
     meshes: list[Any] = list(dict.fromkeys(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")))
@@ -42,6 +38,6 @@ def averaged_over(model: nn.Module) -> tuple[tuple[int, ...], str]:
         return (), UNKNOWN
     if len(meshes) > 1:
         return (), _MESHES
-    if any(reduces_by_own_rule(module) for module in model.modules()):
-        return (), _OWN_RULE.format("fully_shard()ed model")
+    if why := Reduction(model).own_rule():
+        return (), why
     return tuple(sorted(meshes[0].mesh.flatten().tolist())), ""

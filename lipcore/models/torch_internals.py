@@ -135,6 +135,20 @@ def parts_of_gathered(module: Any) -> dict[int, Any]:
     return {id(parameter._unsharded_param): parameter.sharded_param for parameter in found}
 
 
+def gradients_of(group: Any) -> Iterator[tuple[set[int], Tensor | None, list[Tensor]]]:
+    """Yield, for each parameter that fully_shard() gathers together, the ids of what stands in its place at one time or
+    another; the gradient of this rank's part; and what waits to be reduced over all ranks: the gradient of the whole
+    parameter that no rank has sent yet, and what is summed within one replica alone."""
+    within = getattr(group, "_partial_reduce_output", None)
+    for parameter in group.fsdp_params:
+        gathered = getattr(parameter, "_unsharded_param", None)
+        places = parameter.sharded_param, gathered, getattr(parameter, "_sharded_post_forward_param", None)
+        # In the dtype of the parameter, or in another one that gradients are reduced in.
+        waiting = getattr(gathered, "grad", None), parameter.unsharded_accumulated_grad, within
+        ids = {id(place) for place in places if place is not None}
+        yield ids, parameter.sharded_param.grad, [gradient for gradient in waiting if gradient is not None]
+
+
 def backward_begun(module: Any) -> bool:
     """Return whether a fully_shard()ed module waits for the end of a backward pass, at which it lets go and reduces."""
     return bool(module._get_fsdp_state()._state_ctx.post_backward_final_callback_queued)

@@ -195,21 +195,18 @@ class PerSampleGradNorms(PerSampleMetric):
         add_norms(result, self._layers, total_of(self._capture), self._window.merged(), estimated, note, doubt)
 
     def _part_of(self, agreed: dict[str, Any], **found: Any) -> PerSamplePart:
-        noise, off = None, None
-        if self._window.shared is not None:
-            names = [name for name, *_ in self._held()]
-            noise, off = self._window.shared.part(names, self._window.steps)
-        agreed |= {
-            "estimated": [layer for layer, method in self._methods.items() if method == "estimate"],
-            "steps": None if noise is None else noise.steps,
-            "noise_scale": off,
-        }
-        averaged = [] if self._window.shared is None else list(self._window.shared.averaged)
-        in_parts = self._window.in_parts
+        shared, in_parts = self._window.shared, self._window.in_parts
+        estimated = [layer for layer, method in self._methods.items() if method == "estimate"]
+        agreed |= {"estimated": estimated, "noise_scale": shared is not None}
+        if in_parts is not None:
+            agreed |= {"parts": len(in_parts.ranks.ranks)}
+        part = PerSamplePart(agreed, **found)
+        if shared is not None:
+            part.noise, part.noise_off = shared.part([name for name, *_ in self._held()], self._window.steps)
+            part.averaged = shared.averaged
         if in_parts is None:
-            return PerSamplePart(agreed | {"averaged_over": averaged}, **found, noise=noise)
-        agreed |= {"averaged_over": len(averaged), "parts": len(in_parts.ranks.ranks)}
-        part = PerSamplePart(agreed, **found, noise=noise, parts=in_parts.ranks, averaged=averaged)
+            return part
+        part.parts = in_parts.ranks
         part.rows, part.rows_off = in_parts.window(), in_parts.off
         return part
 

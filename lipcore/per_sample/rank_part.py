@@ -27,6 +27,11 @@ NOT_THE_GROUP = (
     "the gradient is the mean over ranks {0}, and the window is that of ranks {1}; pass the ranks that train one model "
     "as group="
 )
+_APART = "the gradient is the mean over ranks {0} on rank {1}, and over ranks {2} on rank {3}"
+_OTHER_STEPS = (
+    "rank {0} has {1} recorded steps of this window, and rank {2} has {3}; load the states of one checkpoint, or of "
+    "none, on all ranks"
+)
 STAGES = "ranks hold other layers (stages of a pipeline), and no rank knows the gradient of a whole sample"
 
 
@@ -51,18 +56,19 @@ class PerSamplePart(RankPart):
     """Distributions of one rank's samples over a window, and its part in the noise scale.
 
     Attributes:
-        agreed: settings, and over which ranks the gradient is averaged.
+        agreed: settings.
         layers: of this rank, with its prefix.
         total: what the sum is called.
         details: counts by reason, and of dropped samples.
         noise: its part of the noise scale; None where there is none.
+        noise_off: why there is none.
+        averaged: over which ranks the gradient that this one sees is averaged.
         empty: a result without numbers.
         columns: distributions per layer.
         prefix: before the names of layers.
         parts: the ranks that hold parts of samples' gradients; None where this one has whole ones.
         rows: squares that these are to add up.
         rows_off: why these are not kept.
-        averaged: over which ranks the gradient is averaged, where others hold parts of it.
     """
 
     agreed: dict[str, Any]
@@ -74,13 +80,15 @@ class PerSamplePart(RankPart):
     dropped: int
     empty: MetricResult
     noise: RankNoise | None = None
+    noise_off: str = ""
+    averaged: Sequence[int] = ()
     columns: int = 1
     prefix: str = ""
     parts: PartRanks | None = None
     rows: Sequence[PassRows] = ()
     rows_off: str = ""
-    averaged: Sequence[int] = ()
     heard: dict[str, list[str]] = field(default_factory=dict)  #: reasons of all ranks
+    _without_noise: str = ""
     _told: Mapping[int, dict[str, Any]] = field(default_factory=dict)  # by rank
 
     @property
@@ -88,8 +96,11 @@ class PerSamplePart(RankPart):
         """Reasons on this rank, and how far it knows the noise scale's averages."""
         reasons: dict[str, Any] = {name: sorted(self.details[name]) for name in COUNTS}
         if self.parts is not None:
-            reasons["in_parts"] = [list(self.parts.ranks), *bits_of(self.rows), self.rows_off, list(self.averaged)]
-        return reasons | {"noise": self.noise.told if self.noise is not None else {}}
+            reasons["in_parts"] = [list(self.parts.ranks), *bits_of(self.rows), self.rows_off]
+        noise: dict[str, Any] = {"off": self.noise_off, "averaged": list(self.averaged)}
+        if self.noise is not None:
+            noise |= {"steps": self.noise.steps, **self.noise.told}
+        return reasons | {"noise": noise}
 
     @property
     def nbytes(self) -> int:
@@ -100,17 +111,18 @@ class PerSamplePart(RankPart):
     def hear(self, told: Sequence[dict[str, Any]]) -> None:
         """Take the reasons of all ranks."""
         self.heard = {name: sorted({reason for each in told for reason in each[name]}) for name in COUNTS}
-        if self.noise is not None:
-            self.noise.hear([each["noise"] for each in told])
         assert self.holding is not None
         self._told = dict(zip(self.holding.ranks, told, strict=True))
+        self._without_noise = self._why_no_noise()
+        if self._noise is not None:
+            self._noise.hear([each["noise"] for each in told])
 
     def refused(self) -> str:
         """Return why the ranks that hold parts cannot add them up."""
         if self.parts is None:
             return ""
         told = {rank: each["in_parts"] for rank, each in self._told.items()}
-        for rank, (ranks, count, bits, off, _) in told.items():
+        for rank, (ranks, count, bits, off) in told.items():
             if off:
                 return str(off)
             for other in ranks:
@@ -150,9 +162,32 @@ class PerSamplePart(RankPart):
         assert owners is not None
         return len(owners.everywhere) == len(owners.names)
 
+    def _why_no_noise(self) -> str:
+        """Return why the ranks together have no noise scale, which all of them find alike in what they have told; ""
+        where they have one, or none was wanted."""
+        if not self.agreed.get("noise_scale"):
+            return ""
+        if not self._on_all_ranks:
+            return STAGES
+        told = {rank: each["noise"] for rank, each in self._told.items()}
+        first, *_ = told
+        offs = {each["off"] for each in told.values()}
+        for rank, each in told.items():
+            if off := each["off"]:
+                return str(off) if len(offs) == 1 else f"on rank {rank}: {off}"
+            mine, theirs = told[first]["averaged"], each["averaged"]
+            # Ranks that hold parts are each among others over which these are averaged, and as many.
+            if mine != theirs if self.parts is None else len(mine) != len(theirs):
+                return _APART.format(_shown(mine), first, _shown(theirs), rank)
+            steps, of_first = (of.get("steps", 0) for of in (each, told[first]))
+            if steps != of_first:
+                return _OTHER_STEPS.format(rank, steps, first, of_first)
+        averaged = {rank for each in told.values() for rank in each["averaged"]}
+        return "" if averaged == set(told) else NOT_THE_GROUP.format(_shown(averaged), _shown(told))
+
     @property
     def _noise(self) -> RankNoise | None:
-        return self.noise if self._on_all_ranks else None
+        return None if self._without_noise else self.noise
 
     def packed(self) -> Packed:
         """Return the counts, histograms and the sums of single steps."""
@@ -203,7 +238,7 @@ class PerSamplePart(RankPart):
         share = self.agreed["share"]
         note = f"over the covered parameters only: {share}" if share else ""
         self._add_numbers(result, total, distributions, note)
-        if self.agreed.get("noise_scale") is not None:
+        if self.agreed.get("noise_scale"):
             self._add_noise(result, self._all_layers, together)
         return result
 
@@ -216,16 +251,11 @@ class PerSamplePart(RankPart):
         add_norms(result, self._all_layers, total, distributions, self.agreed["estimated"], note, self._doubt)
 
     def _add_noise(self, result: MetricResult, layers: Sequence[str], together: Together) -> None:
-        ranks = self.holding.ranks
-        off = self.agreed["noise_scale"] or ("" if self._on_all_ranks else STAGES)
-        averaged = self._averaged_over
-        if not off and averaged != set(ranks):
-            off = NOT_THE_GROUP.format(_shown(averaged), _shown(ranks))
-        if off:
-            result.details["noise_scale_off"] = off
+        if self._without_noise:
+            result.details["noise_scale_off"] = self._without_noise
             return
         assert self.noise is not None
-        noise, skipped = self.noise.result(together.largest[1], together.sums[3:], len(ranks))
+        noise, skipped = self.noise.result(together.largest[1], together.sums[3:], len(self.holding.ranks))
         add_noise(result, layers, self.total, noise, None)
         result.details["noise_scale_skipped"] = skipped
 
@@ -233,13 +263,6 @@ class PerSamplePart(RankPart):
     def _with_same(self) -> int:
         """Number of the ranks that have the same samples."""
         return 1 if self.parts is None else len(self.parts.ranks)
-
-    @property
-    def _averaged_over(self) -> set[int]:
-        """The ranks whose samples are in the gradient, or in parts of it."""
-        if self.parts is None:
-            return set(self.agreed["averaged_over"])
-        return {rank for each in self._told.values() for rank in each["in_parts"][-1]}
 
 
 def _shown(ranks: Collection[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from lipcore.metric.columns import Column, Columns, Numbers, Places, one_if_same, rows_of, words_of
 from lipcore.metric.distribution import Distribution, described
 from lipcore.metric.results import Label, MetricResult
+from lipcore.per_sample.noise.estimates import QUANTITIES
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.noise.noise_sums import NoiseSums
 
@@ -65,15 +67,19 @@ def places_of(layers: tuple[str, ...], total: str) -> Places:
 def add_noise(
     result: MetricResult, layers: Sequence[str], total: str, noise: NoiseScale, sums: NoiseSums | None
 ) -> None:
-    """Add the gradient noise scale and its two estimators, and why steps were left out."""
-    found, places = noise.condensed(), places_of(tuple(layers), total)
+    """Add the gradient noise scale and its two estimators, and why steps were left out; where it is off, only why:
+    averages that came with a state are not those of this window."""
+    off = "" if sums is None else sums.off
+    found, places = (NoiseScale(noise.places) if off else noise).condensed(), places_of(tuple(layers), total)
 
     def add(into: MetricResult) -> None:
         for quantity, columns in found.get().items():
+            if off and quantity in QUANTITIES:
+                columns = {reducer: replace(column, notes=off) for reducer, column in columns.items()}
             into.add_columns(quantity, Columns(places, columns))
 
     result.leave(add, found.nbytes)
     if sums is not None:
         result.details["noise_scale_skipped"] = sums.skipped()
-        if sums.off:
-            result.details["noise_scale_off"] = sums.off
+        if off:
+            result.details["noise_scale_off"] = off

@@ -27,7 +27,7 @@ from lipcore.per_sample.layer_index import LayerIndex, layers_of_parameters, tie
 from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.loss_reduction import Reduction
 from lipcore.per_sample.methods import check_methods
-from lipcore.per_sample.noise.noise_sums import HOOKED, NoiseSums
+from lipcore.per_sample.noise.noise_sums import HOOKED
 from lipcore.per_sample.open_step import MicroBatch, PassNumbers
 from lipcore.per_sample.part_rows import IN_PARTS
 from lipcore.per_sample.sample_names import NamedSamples
@@ -131,8 +131,8 @@ class SampleObserver(StandaloneMetric):
         self._window.begin(len(self._layers), layers.parts, anew=self._layers != before, noise=self._has_noise)
         self._holding = Holding(self._held, model=self._model)
         if self._has_noise:
-            sums = NoiseSums(self._layer_index, layers.coverage.measured)
-            self._window.estimate_noise(self._model, self._layer_index, sums, apart=self.ranks_apart)
+            measured = layers.coverage.measured
+            self._window.estimate_noise(self._model, self._layer_index, measured, apart=self.ranks_apart)
         self._window.mark()
         if self._stands_alone:
             layers.single.send_to(self._single_sink)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from lipcore.distributed.rank_axis import Place
 from lipcore.metric.blocks import Block, BlockWindow, added_blocks, empty_blocks
 from lipcore.metric.state import checked_count, under_key
+from lipcore.models.reduction import Reduction
 from lipcore.models.tensor_parallel import PartRanks
 from lipcore.models.wrapped import outermost
 from lipcore.per_sample.doubts import Doubts, added_doubts
@@ -92,9 +93,17 @@ class SampleWindow:
         self.noise, self.shared = self.noise if noise else None, None
         self.open_step = OpenStep(None, self._make_scores, in_parts=parts is not None)
 
-    def estimate_noise(self, model: nn.Module | None, layers: LayerIndex, sums: NoiseSums, *, apart: bool) -> None:
-        """Estimate the noise scale; `apart`: each rank trains a model of its own."""
+    def estimate_noise(
+        self,
+        model: nn.Module | None,
+        layers: LayerIndex,
+        measured: Callable[[], Mapping[str, nn.Parameter]],
+        *,
+        apart: bool,
+    ) -> None:
+        """Estimate the noise scale; `measured` returns the parameters, `apart`: each rank trains a model of its own."""
         model = None if model is None else outermost(model)
+        sums = NoiseSums(layers, measured, Reduction(model))
         places = len(layers.layers) + 1
         self.noise = self.noise or NoiseScale(places)
         numbers = [layers.number[layer] for layer in layers.layer_of.values()]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from one_rank import one_rank
 from torch import nn
 
-from lipcore import Monitor, Trajectory
+from lipcore import Monitor, PerSampleGradNorms, Trajectory
 from lipcore.distributed.ownership import Ownership, describe
 from lipcore.metric import Metric, global_windows
 
@@ -59,6 +59,32 @@ def test_a_process_group_of_one_rank() -> None:
         assert trajectory.sync().flat() == trajectory.compute().flat()
         assert len(copy.deepcopy(monitor).global_history) == 1
         assert pickle.loads(pickle.dumps(monitor)).history[0].scope == "global"
+
+
+def test_one_rank_with_a_rule_of_its_own_by_which_gradients_are_reduced() -> None:
+    def doubled(_: Any, bucket: Any) -> Any:
+        done: Any = torch.futures.Future()
+        done.set_result(2 * bucket.buffer())
+        return done
+
+    doubled.__annotations__.clear()  # torch knows no names of types
+    with one_rank():
+        model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        monitor = Monitor(model, optimizer, [PerSampleGradNorms(loss_reduction="mean")], window_steps=2)
+        for step in range(4):
+            if step == 3:
+                model.register_comm_hook(None, doubled)
+            optimizer.zero_grad()
+            model(torch.randn(4, 3)).square().sum(1).mean().backward()
+            optimizer.step()
+        first, second = (window["per_sample_grad_norm"] for window in monitor.history)
+        monitor.close()
+    assert (first.noise_scale["total"].mean.count, second.noise_scale["total"].mean.count) == (2, 1)
+    assert not first.details["noise_scale_skipped"]
+    ((why, steps),) = second.details["noise_scale_skipped"].items()
+    assert "a rule of its own by which gradients are reduced" in why
+    assert steps == 1
 
 
 @pytest.mark.parametrize(

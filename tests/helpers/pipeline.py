@@ -18,14 +18,16 @@ def stage_of(whole: Any, rank: int) -> nn.Module:
     return [nn.Sequential(whole.a, nn.Tanh(), whole.b), nn.Sequential(whole.c)][rank]
 
 
-def run_stage(stage: nn.Module, rank: int, x: Tensor, y: Tensor) -> None:
-    """The forward and the backward pass of a rank for one batch, of which the loss is the mean."""
-    if rank == 0:
+def run_stage(stage: nn.Module, number: int, x: Tensor, y: Tensor, peer: int | None = None) -> None:
+    """The forward and the backward pass of a stage for one batch, of which the loss is the mean; `peer`: the rank that
+    has the other stage, where it is not that of its number."""
+    peer = 1 - number if peer is None else peer
+    if number == 0:
         sent = stage(x)
-        dist.send(sent.detach(), 1)
-        dist.recv(grad := torch.empty_like(sent), 1)
+        dist.send(sent.detach(), peer)
+        dist.recv(grad := torch.empty_like(sent), peer)
         sent.backward(grad)
     else:
-        dist.recv(received := torch.empty(len(x), 5, dtype=torch.float64), 0)
+        dist.recv(received := torch.empty(len(x), 5, dtype=torch.float64), peer)
         F.mse_loss(stage(torch.tanh(received.requires_grad_())), y).backward()
-        dist.send(received.grad, 0)
+        dist.send(received.grad, peer)

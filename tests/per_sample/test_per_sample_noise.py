@@ -24,6 +24,7 @@ from lipcore.per_sample.noise import noise_sums as steps
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.open_step import _MOST
 from lipcore.per_sample.pass_norms import PassNorms
+from lipcore.per_sample.results import add_noise
 
 Loop = Callable[[nn.Module, PerSampleGradNorms], None]
 
@@ -212,6 +213,20 @@ def test_factors_that_only_the_device_knows(factors: list[tuple[float, float | N
     assert sums.skipped() == ({} if equal else {steps.UNEQUAL: 1})
     sums.reset()
     assert sums.skipped() == {}
+
+
+@pytest.mark.parametrize("reducer", ["mean", "lower", "upper", "ema"])
+def test_a_rank_that_has_no_noise_scale_says_why_and_has_no_average_of_before(reducer: str) -> None:
+    noise = NoiseScale(2)
+    noise.observe(torch.tensor([5.0, 5.0]), torch.tensor([2.0, 2.0]), samples=4)
+    noise.reset()
+    sums = steps.NoiseSums(LayerIndex({"0.weight": "0"}), dict)
+    sums.off = steps.SHARDED
+    add_noise(result := MetricResult("norms"), ["0"], "total", noise, sums)
+    for quantity in (result.noise_scale, result.gradient_sq, result.gradient_noise):
+        value = getattr(quantity["total"], reducer)
+        assert math.isnan(value.value)
+        assert (value.valid, value.note) == (False, steps.SHARDED)
 
 
 def test_samples_that_are_all_alike_are_as_long_as_their_mean() -> None:

@@ -162,7 +162,7 @@ def check_on_one_rank(rank: int) -> None:
         for _ in range(5):
             sum_loss(model(torch.randn(5, 5))).backward()
         for metric in metrics:
-            assert metric.unproved == "the model is sharded, and not all of its ranks have this metric"
+            assert "not all of its ranks have this metric, or were here in time" in metric.unproved
             metric.close()
 
 

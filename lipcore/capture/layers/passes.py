@@ -17,6 +17,7 @@ from lipcore.capture.proof import is_proof
 from lipcore.capture.self_calls import IN_ANOTHER_THREAD, OtherThreads
 from lipcore.capture.training_pass import GRAPH_OF_GRADIENT, NOT_ACCUMULATED, accumulates_everything, in_backward
 from lipcore.models.outputs import on_backward
+from lipcore.models.reduction import Reduction
 from lipcore.models.torch_internals import queue_callback
 
 _MAX_STRAY = 64
@@ -56,6 +57,7 @@ class Passes:
         unrecorded: why others were not, and how many.
     """
 
+    reduction: Reduction
     coverage: ParameterCoverage  # of the model as it was looked at last
     skips = False  # parameters of calls that do not fit their rules are left out, where no graph serves
     graph_serves = False  # parameters of calls that do not fit their rules are measured from the autograd graph
@@ -232,7 +234,7 @@ class Passes:
         self._returning.add(run)
         run.entered = in_backward()
         if run.fresh[0] != in_backward():
-            there = [p.grad for p in self.coverage.measured().values() if p.grad is not None]
+            there = self.reduction.gradients_there(self.coverage.measured().values())
             run.fresh = in_backward(), not there
             run.began_with = in_backward(), self._first_of_step and self._seen_to_be_filled(there)
             self._first_of_step &= not accumulates_everything()

@@ -39,6 +39,7 @@ from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.factor_estimate import Signs
 from lipcore.models.containers import leaves_of
 from lipcore.models.gathered import is_spread
+from lipcore.models.reduction import Reduction
 from lipcore.models.tensor_parallel import part_ranks
 
 
@@ -130,7 +131,7 @@ class TappedModel:
             lambda: passes.not_accumulated(1),
             lambda failure: on_proof(failure, True),
         )
-        passes.coverage, passes.single = self.coverage, self.single
+        passes.reduction, passes.coverage, passes.single = Reduction(model), self.coverage, self.single
         passes.skips = options.skip_uncovered and not compiled
         passes.graph_serves = by_graph and not options.normalized
         self._left_to_graph = LeftToGraph(model, self.graph, self.coverage, passes, self.proofs, self._audit, options)

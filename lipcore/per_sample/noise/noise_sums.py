@@ -14,6 +14,7 @@ from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.parameters import GradientWatch
 from lipcore.distributed.gradient_parts import gradient_part, why_not_known
 from lipcore.models.ranks import under_process_group
+from lipcore.models.reduction import Reduction
 from lipcore.models.torch_internals import hooks_after_accumulation
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
@@ -39,7 +40,15 @@ NOT_EMPTY = (
     "gradients were there already when its first backward pass began, so that they are not what its samples add up to; "
     "call zero_grad() before every step"
 )
-SHARDED = "gradients are sharded, and a rank knows the norm of its shard only"
+UNREDUCED = (
+    "fully_shard() had not reduced all of its gradients yet when the optimizer made it "
+    "(set_requires_gradient_sync(False) or set_requires_all_reduce(False) in the last backward pass), so that they "
+    "enter the next step; set these to True before a step's last backward pass"
+)
+SHARDED = (
+    "gradients are sharded, and a rank knows the norm of its shard only; monitor.global_window() has the noise scale "
+    "of all ranks"
+)
 NO_SAMPLES = (
     "the gradient is longer than the mean of its samples' gradients can be, so it has parts that are no sample's "
     "(a penalty in the loss), or the loss reduction is not what was declared"
@@ -54,11 +63,22 @@ class NoiseSums:
     ||mean of grad l_i||^2 from the accumulated gradients.
 
     The step enters as NaN, and is counted with the reason, where the gradient is not the mean over its samples.
+
+    Args:
+        layer_index: the place of each layer.
+        measured: returns the parameters.
+        reduction: what reduces their gradients over ranks.
     """
 
-    def __init__(self, layer_index: LayerIndex, measured: Callable[[], Mapping[str, nn.Parameter]]) -> None:
+    def __init__(
+        self,
+        layer_index: LayerIndex,
+        measured: Callable[[], Mapping[str, nn.Parameter]],
+        reduction: Reduction | None = None,
+    ) -> None:
         self._layer_index = layer_index
         self._measured = measured  # as a pass may find parameters that cannot be, whose samples are in no sum
+        self._reduction = reduction or Reduction(None)
         self.off = ""  #: why there are no estimates
         self.names = list(layer_index.layer_of)  #: of the parameters
         self._place = {name: i for i, name in enumerate(self.names)}
@@ -146,6 +166,8 @@ class NoiseSums:
         # DDP writes what it has reduced over the ranks, which is a change too.
         alone = not under_process_group()
         self._hooked = False
+        if why := self._reduction.own_rule():  # which may have been given since the first step
+            self.spoil(why)
         for name, parameter in self._measured().items():  # one that was frozen may still have a gradient of before
             if parameter.grad is not None and name in self._layer_index.layer_of:
                 part = gradient_part(parameter, parameter.grad)
@@ -220,6 +242,8 @@ class NoiseSums:
 
     def _reason(self, changed: bool) -> str:
         """Return why the gradient is not the mean over the samples, as far as the host knows; "" where it is."""
+        if self._reduction.unreduced(lambda: self._measured().values()):
+            return UNREDUCED
         if self._gradient_sq is None:
             return NOT_FOUND
         return self._wrong or self._stray or (HOOKED if self._hooked else CHANGED if changed else "")
