@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lipcore.models.gathered import in_parts
 from lipcore.models.ranks import rank
 from lipcore.models.tensor_parallel import averaging_ranks, part_ranks
 from lipcore.models.torch_internals import reduces_by_own_rule
@@ -36,7 +37,8 @@ def averaged_over(model: nn.Module) -> tuple[tuple[int, ...], str]:
             return (), _OWN_RULE.format("fully_shard()ed model")
         several = averaging_ranks(model)
         return ((), _MESHES) if len(several) > 1 else (tuple(sorted(several[0])) if several else (rank(),), "")
-    meshes: list[Any] = list(dict.fromkeys(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")))
+    held = in_parts(model, ((name, "", parameter) for name, parameter in model.named_parameters()))
+    meshes: list[Any] = list(dict.fromkeys(p.device_mesh for *_, p in held if hasattr(p, "device_mesh")))
     if not meshes:
         return (), UNKNOWN
     if len(meshes) > 1:
