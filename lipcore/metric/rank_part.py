@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lipcore.distributed.contribution import Sizes
 from lipcore.distributed.ownership import Description, Ownership, describe
 from lipcore.distributed.packed import Packed, Together, room_for
 from lipcore.distributed.partial_sums import Partial
@@ -109,8 +110,13 @@ class RankPart(ABC):
         return ""
 
     @abstractmethod
+    def sizes(self) -> Sizes:
+        """Return how many numbers :meth:`packed` and :meth:`partials` have, from `agreed`, the ownership and what the
+        ranks have told alone: a rank that cannot make its numbers has to know it too."""
+
+    @abstractmethod
     def packed(self) -> Packed:
-        """Return what this rank adds; the shapes follow from `agreed` and the ownership alone."""
+        """Return what this rank adds, as many numbers as :meth:`sizes` says."""
 
     @abstractmethod
     def result(self, together: Together) -> MetricResult:
