@@ -118,7 +118,8 @@ def _merged(offer: Offer, shared: Mapping[str, Contribution], left_out: dict[str
             left_out[name] = _LOST.format("; ".join(f"rank {rank}: {why}" for rank, why in contribution.why.items()))
             continue
         try:
-            results[name] = offer.parts[name].result(contribution.together)
+            if (result := offer.parts[name].result(contribution.together)) is not None:
+                results[name] = result
         except ValueError:  # what the ranks have does not fit together, as all of them find
             raise
         except Exception as error:
@@ -146,9 +147,8 @@ def _find_owners(
 
 def turn_to(group: Group, offers: Iterable[Offer]) -> None:
     """Let the parts of windows speak of the ranks of this group; they may have been merged over another one."""
-    for holding in (part.holding for offer in offers for part in offer.parts.values()):
-        if holding is not None:
-            holding.turn_to(group.ranks)
+    for part in (part for offer in offers for part in offer.parts.values()):
+        part.turn_to(group.ranks)
 
 
 def merge_open(

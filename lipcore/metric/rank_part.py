@@ -99,6 +99,11 @@ class RankPart(ABC):
     holding: Holding | None
     withdrawn: str = ""
 
+    def turn_to(self, ranks: tuple[int, ...]) -> None:
+        """Speak of the ranks of this group from now on."""
+        if self.holding is not None:
+            self.holding.turn_to(ranks)
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
@@ -119,8 +124,8 @@ class RankPart(ABC):
         """Return what this rank adds, as many numbers as :meth:`sizes` says."""
 
     @abstractmethod
-    def result(self, together: Together) -> MetricResult:
-        """Return the metric's numbers, from the parts of all ranks together."""
+    def result(self, together: Together) -> MetricResult | None:
+        """Return the metric's numbers, from the parts of all ranks together; None, on all of them, for nothing."""
 
     @property
     def told(self) -> dict[str, Any]:
