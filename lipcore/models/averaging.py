@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from lipcore.models.gathered import in_parts
-from lipcore.models.ranks import rank
+from lipcore.models.ranks import rank, ranks_of, under_process_group
 from lipcore.models.tensor_parallel import averaging_ranks, part_ranks
 from lipcore.models.torch_internals import reduces_by_own_rule
 
@@ -17,11 +16,23 @@ UNKNOWN = (
     "knows whose samples are in its gradient; pass the wrapped module that your loop calls, or, where each rank trains "
     "a model of its own, group=None to the Monitor"
 )
+GONE = (
+    "the DistributedDataParallel that lipcore was given is of a process group that is gone (destroy_process_group()): "
+    "take monitor.state_dict(), close() the Monitor, and load the state into a new one of the model that runs now"
+)
 _OWN_RULE = (
     "the {0} was given a rule of its own by which gradients are reduced (a communication hook, another divisor), so "
     "that nobody knows whose mean they are; leave that out"
 )
 _MESHES = "its parameters lie on several device meshes, so that nobody knows whose mean their gradients are"
+
+
+def is_of_a_gone_group(model: nn.Module | None) -> bool:
+    """Return whether the model is in a DistributedDataParallel whose process group is gone, and another in its place:
+    that wrapper's forward pass is called no more."""
+    if not (under_process_group() and isinstance(model, nn.parallel.DistributedDataParallel)):
+        return False
+    return not ranks_of(model.process_group)
 
 
 def averaged_over(model: nn.Module) -> tuple[tuple[int, ...], str]:
@@ -31,7 +42,8 @@ def averaged_over(model: nn.Module) -> tuple[tuple[int, ...], str]:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             if reduces_by_own_rule(module):
                 return (), _OWN_RULE.format("DistributedDataParallel")
-            return tuple(torch.distributed.get_process_group_ranks(module.process_group)), ""
+            ranks = ranks_of(module.process_group)
+            return ranks, "" if ranks else GONE
     if part_ranks(model, model.named_parameters()) is not None:  # and others hold parts of the same gradient
         if any(reduces_by_own_rule(module) for module in model.modules()):
             return (), _OWN_RULE.format("fully_shard()ed model")

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lipcore.capture.layers.passes import STRAYED
 from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.distributed.group import AUTO
 from lipcore.distributed.partners import Partners
@@ -24,6 +25,7 @@ from lipcore.metric.results import MetricResult
 from lipcore.metric.show import Shown
 from lipcore.metric.state import check_version
 from lipcore.metric.values import Value
+from lipcore.models.averaging import GONE, is_of_a_gone_group
 from lipcore.models.names import with_prefix
 from lipcore.models.ranks import is_fsdp1
 from lipcore.per_sample.added_up import add_up_waiting
@@ -233,7 +235,10 @@ class PerSampleMetric(SampleObserver):
             return {} if self._window.parts is None else {"in_parts": IN_PARTS}
         doubts, taken_back = self._window.doubts.counts(), self._window.unproved.taken_back.counts()
         uncovered = dict(self._capture.coverage.uncovered)
-        facts: dict[str, Any] = {"unrecorded": self.unrecorded}
+        unrecorded = dict(self.unrecorded)
+        if STRAYED in unrecorded and is_of_a_gone_group(self._model):  # its layers are called by another wrapper
+            unrecorded[GONE] = unrecorded.pop(STRAYED)
+        facts: dict[str, Any] = {"unrecorded": unrecorded}
         facts["proved"] = not doubts
         if self._window.in_parts is not None:
             facts["in_parts"] = IN_PARTS
