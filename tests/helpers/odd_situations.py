@@ -246,6 +246,44 @@ def zero_redundancy(rank: int, world: int) -> dict[str, Any]:
     )
 
 
+class ShareOfSteps:
+    """Each rank steps a part of the parameters, and sends it to the others: in step(), or behind it."""
+
+    def __init__(self, model: nn.Module, rank: int, world: int) -> None:
+        self._all, self._world = list(model.parameters()), world
+        self.optimizer = torch.optim.SGD(self._all[rank::world], lr=0.1, momentum=0.9)
+        self.param_groups = self.optimizer.param_groups
+
+    def zero_grad(self) -> None:
+        for parameter in self._all:
+            parameter.grad = None
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.send()
+
+    def send(self) -> None:
+        for i, parameter in enumerate(self._all):
+            dist.broadcast(parameter.data, i % self._world)
+
+
+def zero_by_hand(rank: int, world: int) -> dict[str, Any]:
+    model = DDP(made())
+    optimizer = ShareOfSteps(model, rank, world)
+    monitor = Monitor(model, optimizer, [Trajectory(stats=STATS)], window_steps=WINDOW, timeout=20)  # type: ignore[arg-type]
+    return errors(
+        each_step(monitor, model, optimizer, data_of(range(world))[rank]), truth(made(), data_of(range(world)))
+    )
+
+
+def zero_by_hand_behind(rank: int, world: int) -> Any:
+    """The Monitor is given the optimizer inside: its step moves other parameters on each rank."""
+    model = DDP(made())
+    optimizer = ShareOfSteps(model, rank, world)
+    monitor = Monitor(model, optimizer.optimizer, [Trajectory(stats=STATS)], window_steps=WINDOW, timeout=20)
+    return each_step(monitor, model, optimizer, data_of(range(world))[rank])
+
+
 def each_step(monitor: Monitor, model: Any, optimizer: Any, data: Data) -> list[Any]:
     found: list[Any] = []
 
@@ -548,7 +586,8 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
     assert ranks == 4
     os.environ.setdefault("LIPCORE_TEST_FOLDER", tempfile.mkdtemp())
     for work in (offload, offload_samples, offload_lambda, offload_bits, between_forward_and_backward, noise_between,
-                 accumulated, checkpointed, compiled, zero_redundancy, made_before_the_group, one_group_after_another,
+                 accumulated, checkpointed, compiled, zero_redundancy, zero_by_hand, zero_by_hand_behind,
+                 made_before_the_group, one_group_after_another,
                  destroyed, averaged_now_and_then, averaged_with_sketches, reduced_by_hand, sharded_late,
                  gathered_when_looked_at, closed_and_merged_again, gone_back):  # fmt: skip
         yield work.__name__, 2, quiet(work)
