@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lipcore.models.ranks import rank, under_process_group
+from lipcore.models.ranks import rank, ranks_of, under_process_group
 from lipcore.models.torch_internals import default_store
 
 #: What users pass as `group=`: "auto" is the default process group, where there is one; None merges nothing.
@@ -83,13 +83,17 @@ def found_group(group: Any) -> Group | None:
     a process group, or in one of a single rank.
 
     Raises:
-        ValueError: this rank is not in the group.
+        ValueError: this rank is not in the group, or the group is gone.
     """
     if group is None or not under_process_group():
         return None
     handle = None if group == AUTO else group
-    ranks = tuple(torch.distributed.get_process_group_ranks(handle))
-    here = rank()
+    ranks, here = ranks_of(handle), rank()
+    if not ranks:
+        raise ValueError(
+            "group: this process group is gone (destroy_process_group()); take monitor.state_dict(), close() the "
+            "Monitor, and load the state into a new one with group= of the ranks that train now"
+        )
     if here not in ranks:
         raise ValueError(
             f"group: rank {here} is not in it (ranks {_listed(ranks)}); pass another group on this rank, or group=None"

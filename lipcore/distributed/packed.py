@@ -1,4 +1,4 @@
-"""Numbers of all ranks together: all maxima in one all-reduce, everything that is added up in a second one."""
+"""Numbers of all ranks together, of which some are added up, and of others the largest is taken."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Together:
 
 
 def folded(parts: Callable[[], Iterable[Packed]]) -> Together:
-    """Return what :func:`reduced` of so many ranks' parts gives, without ranks: one part after the other, so that
+    """Return what the parts of so many ranks come to, without ranks: one part after the other, so that
     memory does not grow with their number.
 
     Args:
@@ -61,35 +61,15 @@ def _with(so_far: list[Tensor] | None, more: Sequence[Tensor], operation: Callab
     return so_far
 
 
-def reduced(parts: Sequence[Packed], group: Group) -> list[Together]:
-    """Return the parts of all ranks together. Two collectives, or one where no maxima are asked for."""
-    largest = _all_reduced([part.largest for part in parts], group, torch.distributed.ReduceOp.MAX)
-    made = [part.sums(most) if callable(part.sums) else part.sums for part, most in zip(parts, largest, strict=True)]
-    sums = _all_reduced(made, group, torch.distributed.ReduceOp.SUM)
-    return [Together(*both) for both in zip(sums, largest, strict=True)]
-
-
-def _all_reduced(
-    parts: Sequence[list[Tensor]], group: Group, operation: torch.distributed.ReduceOp.RedOpType
-) -> list[list[Tensor]]:
-    tensors = [tensor for part in parts for tensor in part]
-    if not tensors:
-        return [[] for _ in parts]
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(group.device)
-    torch.distributed.all_reduce(flat, operation, group=group.handle)
-    pieces = iter(flat.cpu().split([tensor.numel() for tensor in tensors]))
-    return [[next(pieces).reshape(tensor.shape) for tensor in part] for part in parts]
-
-
 def room_for(text: str) -> int:
     """Return bytes for :meth:`gathered` that are the same for texts of about the same length."""
     return 1 << len(text.encode()).bit_length()
 
 
 def gathered(text: str, room: int, group: Group) -> list[str]:
-    """Return the texts of all ranks, none of them longer than `room` bytes. One collective."""
+    """Return the texts of all ranks, "" for one that is longer than `room` bytes. One collective."""
     data = torch.zeros(8 + room, dtype=torch.uint8, device="cpu")
-    encoded = text.encode()
+    encoded = text.encode() if len(text.encode()) <= room else b""  # nothing is raised that others do not raise too
     written = len(encoded).to_bytes(8, "little") + encoded
     data[: len(written)] = torch.from_numpy(np.frombuffer(written, dtype=np.uint8).copy())
     data = data.to(group.device)

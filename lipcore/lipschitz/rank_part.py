@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from lipcore.distributed.contribution import Sizes
 from lipcore.distributed.packed import Packed, Together
 from lipcore.lipschitz.weight_in_parts import WeightInParts
 from lipcore.lipschitz.window_facts import Facts
 from lipcore.metric.distribution import Distribution
-from lipcore.metric.rank_distributions import RankDistributions, distributions_of
+from lipcore.metric.rank_distributions import SUMS, RankDistributions, bins_of, distributions_of
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import MetricResult, weakest
 
@@ -92,6 +93,12 @@ class LipschitzPart(RankPart):
         """Return why ranks hold no one model."""
         owners = self.holding.ownership
         return "" if owners is None or len(owners.everywhere) == len(owners.names) else STAGES
+
+    def sizes(self) -> Sizes:
+        """Return how many numbers there are, by the shape of the first weight."""
+        parts = _weight_of(self.facts)
+        weight = 0 if parts is None or parts.refused else parts.numbers
+        return Sizes(3 * SUMS, lambda most: 2 + weight + 3 * SUMS + bins_of(most[0]))
 
     def packed(self) -> Packed:
         """Return counts, what gives the singular values of a first weight in parts, and histograms."""

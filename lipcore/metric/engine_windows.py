@@ -14,6 +14,7 @@ from lipcore.metric.global_windows import GlobalWindows
 from lipcore.metric.host_reads import OnDevice, fetched
 from lipcore.metric.listener import Listener
 from lipcore.metric.ordinary import ordinary
+from lipcore.metric.rank_part import RankPart
 from lipcore.metric.results import History, MetricResult, Window
 from lipcore.metric.step_end import StepEnd
 
@@ -137,7 +138,7 @@ class EngineWindows(EngineCalls):
         window = replace(window, closed=True, results=window.results | self._results_at_close())
         self._windows.close(window, self._capture.unrecorded)
         self._tell(lambda listener: listener.window_closed(window))
-        if warning := self._global.keep(window, self.metrics):
+        if warning := self._global.keep(window, self.metrics, self._parts_at_close()):
             self._failures.warn(warning)
         sliding = self._windows.blocks > 1
         for metric in self.metrics.values():
@@ -158,6 +159,10 @@ class EngineWindows(EngineCalls):
 
     def _results_at_close(self) -> dict[str, MetricResult]:
         """Make results that only closed windows have."""
+        return {}
+
+    def _parts_at_close(self) -> dict[str, RankPart]:
+        """Return what such results add to those of all ranks."""
         return {}
 
     def _so_far(self) -> Window | None:

@@ -12,7 +12,7 @@ from lipcore.distributed.partners import Partners
 from lipcore.distributed.rank_axis import Place
 from lipcore.metric.merging import Merged, Offer, Withdrawn, merge, turn_to
 from lipcore.metric.protocol import Metric
-from lipcore.metric.rank_part import RankPart
+from lipcore.metric.rank_part import NOT_MERGED, RankPart
 from lipcore.metric.results import History, Window
 from lipcore.metric.window import Scope
 from lipcore.models.gathered import fully_sharded
@@ -119,16 +119,16 @@ class GlobalWindows:
         """True where closed windows wait to be merged with those of other ranks."""
         return bool(self._waiting)
 
-    def keep(self, window: Window, metrics: Mapping[str, Metric]) -> str:
-        """Keep what this rank adds to a closed window, before the metrics start the next one; return a warning, once,
-        where too many wait. No collective."""
+    def keep(self, window: Window, metrics: Mapping[str, Metric], more: Mapping[str, RankPart]) -> str:
+        """Keep what this rank adds to a closed window, before the metrics start the next one, and `more` of what is no
+        metric's; return a warning, once, where too many wait. No collective."""
         if self.partners.none_asked_for and world_size() > 1:
             return ""
         if self.partners.find() is None:
             self._newest = window if self.partners.lost is None else None
             return ""
-        parts: dict[str, RankPart] = {}
-        left_out: dict[str, str] = {}
+        parts = dict(more)
+        left_out = {name: NOT_MERGED for name in window if name not in metrics and name not in more}
         for name, metric in metrics.items():
             step, why = self._partial.get(name, (0, ""))
             part = why if window.first_step <= step else _part_of(metric)

@@ -7,16 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from lipcore.distributed.contribution import Contribution, contribute, words_of
 from lipcore.distributed.group import Group
 from lipcore.distributed.meeting import Header
 from lipcore.distributed.ownership import Ownership
-from lipcore.distributed.packed import gathered, reduced
-from lipcore.distributed.partial_sums import add_up
+from lipcore.distributed.packed import gathered
 from lipcore.distributed.partners import Partners
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import MetricResult
 
-_VERSION = 2
+_VERSION = 3
+_LOST = (
+    "its numbers of this window could not be merged, since making them raised an error ({0}); each rank's own are in "
+    "pop_window() and history"
+)
 
 
 @dataclass
@@ -35,14 +39,16 @@ class Offer:
 
     def header(self) -> Header:
         """Return what other ranks have to know of it."""
-        withdrawn = {name: part.withdrawn for name, part in self.parts.items() if part.withdrawn}
-        parts = {name: part for name, part in self.parts.items() if name not in withdrawn}
-        return {
-            "steps": self.steps,
-            "parts": {name: part.agreed for name, part in parts.items()},
-            "told": {name: part.told for name, part in parts.items()},
-            "left_out": self.left_out | withdrawn,
-        }
+        left_out = self.left_out | {name: part.withdrawn for name, part in self.parts.items() if part.withdrawn}
+        agreed, told = {}, {}
+        for name, part in self.parts.items():
+            if name in left_out:
+                continue
+            try:
+                agreed[name], told[name] = part.agreed, part.told
+            except Exception as error:  # the other ranks wait for a word of this one
+                left_out[name] = words_of(error)
+        return {"steps": self.steps, "parts": agreed, "told": told, "left_out": left_out}
 
 
 class Withdrawn(NamedTuple):
@@ -99,14 +105,26 @@ def merge(
     _check_same(what, headers, group)
     _find_owners(headers, holdings, unknown, group)
     chosen = [(offer, *_shared(offer, found, group)) for offer in offers if (found := _of_all(offer, headers))]
-    add_up([partial for offer, names, _ in chosen for name in names for partial in offer.parts[name].partials()])
-    together = iter(reduced([offer.parts[name].packed() for offer, names, _ in chosen for name in names], group))
-    merged = [
-        Merged(offer, {name: offer.parts[name].result(next(together)) for name in names}, left_out)
-        for offer, names, left_out in chosen
-    ]
+    contribute([each for _, shared, _ in chosen for each in shared.values()], group)
+    merged = [_merged(*each) for each in chosen]
     taken_back = dict.fromkeys(Withdrawn(*each) for other in headers for each in other["withdrawn"])
     return merged, list(taken_back), [other["said"] for other in headers]
+
+
+def _merged(offer: Offer, shared: Mapping[str, Contribution], left_out: dict[str, str]) -> Merged:
+    results: dict[str, MetricResult] = {}
+    for name, contribution in shared.items():
+        if contribution.lost:
+            left_out[name] = _LOST.format("; ".join(f"rank {rank}: {why}" for rank, why in contribution.why.items()))
+            continue
+        try:
+            if (result := offer.parts[name].result(contribution.together)) is not None:
+                results[name] = result
+        except ValueError:  # what the ranks have does not fit together, as all of them find
+            raise
+        except Exception as error:
+            left_out[name] = _LOST.format(f"here: {words_of(error)}")
+    return Merged(offer, results, left_out)
 
 
 def _find_owners(
@@ -129,9 +147,8 @@ def _find_owners(
 
 def turn_to(group: Group, offers: Iterable[Offer]) -> None:
     """Let the parts of windows speak of the ranks of this group; they may have been merged over another one."""
-    for holding in (part.holding for offer in offers for part in offer.parts.values()):
-        if holding is not None:
-            holding.turn_to(group.ranks)
+    for part in (part for offer in offers for part in offer.parts.values()):
+        part.turn_to(group.ranks)
 
 
 def merge_open(
@@ -183,14 +200,15 @@ def _of_all(offer: Offer, headers: Sequence[Header]) -> list[Header]:
     return [windows[0] for windows in found] if all(found) else []
 
 
-def _shared(offer: Offer, found: Sequence[Header], group: Group) -> tuple[list[str], dict[str, str]]:
-    """Return the metrics of a window that all ranks have alike, and why others are left out."""
+def _shared(offer: Offer, found: Sequence[Header], group: Group) -> tuple[dict[str, Contribution], dict[str, str]]:
+    """Return what this rank adds for the metrics of a window that all ranks have alike, and why others are left out."""
     left_out: dict[str, str] = {}
     for rank, window in zip(group.ranks, found, strict=True):
         for name, why in window["left_out"].items():
             left_out.setdefault(name, why if name in offer.left_out else f"on rank {rank}: {why}")
+    errors: dict[str, str] = {}  # which the other ranks may not have: they take this one for one that takes part
     for name, part in offer.parts.items():
-        if name not in left_out and (why := part.refused()):
+        if name not in left_out and (why := _refused(part, name, errors)):
             left_out[name] = why
     for name in sorted({name for window in found for name in window["parts"]}):
         first = found[0]["parts"].get(name)
@@ -208,7 +226,19 @@ def _shared(offer: Offer, found: Sequence[Header], group: Group) -> tuple[list[s
     names = [name for name in sorted(offer.parts) if name not in left_out]
     for name in names:
         part = offer.parts[name]
-        part.hear([window["told"][name] for window in found])
-        if why := part.refused():
+        try:
+            part.hear([window["told"][name] for window in found])
+        except Exception as error:
+            errors.setdefault(name, words_of(error))
+        if why := _refused(part, name, errors):
             left_out[name] = why
-    return [name for name in names if name not in left_out], left_out
+    names = [name for name in names if name not in left_out]
+    return {name: Contribution(offer.parts[name], errors.get(name, "")) for name in names}, left_out
+
+
+def _refused(part: RankPart, name: str, errors: dict[str, str]) -> str:
+    try:
+        return part.refused()
+    except Exception as error:
+        errors.setdefault(name, words_of(error))
+        return ""

@@ -14,6 +14,7 @@ from lipcore.metric.distribution import Distribution
 
 _MEAN, _MAX, _LESS_MIN, _LAST, _LESS_FIRST = range(5)  # columns of maxima over ranks
 _COUNT, _OFF, _SQUARES, _MISSING, _INVALID = range(5)  # columns of sums
+SUMS = 5  #: numbers of a place that are added up, and as many of which the largest is taken
 _BYTES = 8 << 10  # of a histogram, about
 
 
@@ -71,6 +72,11 @@ def _begins(largest: Tensor) -> list[int]:
     last, less_first = largest[:, _LAST], largest[:, _LESS_FIRST]
     sizes = torch.where(last.isfinite(), last + less_first + 1, 0.0)
     return [0, *sizes.cumsum(0).long().tolist()]
+
+
+def bins_of(largest: Tensor) -> int:
+    """Return how many bins all places have together, by the maxima over all ranks."""
+    return _begins(largest)[-1]
 
 
 def distributions_of(largest: Tensor, sums: Sequence[Tensor]) -> list[Distribution]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lipcore.distributed.contribution import Sizes
 from lipcore.distributed.ownership import Description, Ownership, describe
 from lipcore.distributed.packed import Packed, Together, room_for
 from lipcore.distributed.partial_sums import Partial
@@ -98,6 +99,11 @@ class RankPart(ABC):
     holding: Holding | None
     withdrawn: str = ""
 
+    def turn_to(self, ranks: tuple[int, ...]) -> None:
+        """Speak of the ranks of this group from now on."""
+        if self.holding is not None:
+            self.holding.turn_to(ranks)
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
@@ -109,12 +115,17 @@ class RankPart(ABC):
         return ""
 
     @abstractmethod
-    def packed(self) -> Packed:
-        """Return what this rank adds; the shapes follow from `agreed` and the ownership alone."""
+    def sizes(self) -> Sizes:
+        """Return how many numbers :meth:`packed` and :meth:`partials` have, from `agreed`, the ownership and what the
+        ranks have told alone: a rank that cannot make its numbers has to know it too."""
 
     @abstractmethod
-    def result(self, together: Together) -> MetricResult:
-        """Return the metric's numbers, from the parts of all ranks together."""
+    def packed(self) -> Packed:
+        """Return what this rank adds, as many numbers as :meth:`sizes` says."""
+
+    @abstractmethod
+    def result(self, together: Together) -> MetricResult | None:
+        """Return the metric's numbers, from the parts of all ranks together; None, on all of them, for nothing."""
 
     @property
     def told(self) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
-from lipcore.models.ranks import rank
+from lipcore.models.gathered import in_parts
+from lipcore.models.ranks import rank, ranks_of, under_process_group
 from lipcore.models.reduction import Reduction
 from lipcore.models.tensor_parallel import averaging_ranks, part_ranks
 
@@ -17,7 +17,19 @@ UNKNOWN = (
     "its DistributedDataParallel, and no other wrapper), or, where each rank trains a model of its own, "
     "group=None to the Monitor"
 )
+GONE = (
+    "the DistributedDataParallel that lipcore was given is of a process group that is gone (destroy_process_group()): "
+    "take monitor.state_dict(), close() the Monitor, and load the state into a new one of the model that runs now"
+)
 _MESHES = "its parameters lie on several device meshes, so that nobody knows whose mean their gradients are"
+
+
+def is_of_a_gone_group(model: nn.Module | None) -> bool:
+    """Return whether the model is in a DistributedDataParallel whose process group is gone, and another in its place:
+    that wrapper's forward pass is called no more."""
+    if not (under_process_group() and isinstance(model, nn.parallel.DistributedDataParallel)):
+        return False
+    return not ranks_of(model.process_group)
 
 
 def averaged_over(model: nn.Module) -> tuple[tuple[int, ...], str]:
@@ -27,13 +39,15 @@ def averaged_over(model: nn.Module) -> tuple[tuple[int, ...], str]:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             if why := Reduction(module).own_rule():
                 return (), why
-            return tuple(torch.distributed.get_process_group_ranks(module.process_group)), ""
+            ranks = ranks_of(module.process_group)
+            return ranks, "" if ranks else GONE
     if part_ranks(model, model.named_parameters()) is not None:  # and others hold parts of the same gradient
         if why := Reduction(model).own_rule():
             return (), why
         several = averaging_ranks(model)
         return ((), _MESHES) if len(several) > 1 else (tuple(sorted(several[0])) if several else (rank(),), "")
-    meshes: list[Any] = list(dict.fromkeys(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")))
+    held = in_parts(model, ((name, "", parameter) for name, parameter in model.named_parameters()))
+    meshes: list[Any] = list(dict.fromkeys(p.device_mesh for *_, p in held if hasattr(p, "device_mesh")))
     if not meshes:
         return (), UNKNOWN
     if len(meshes) > 1:

@@ -27,6 +27,14 @@ def rank() -> int:
     return torch.distributed.get_rank() if under_process_group() else 0
 
 
+def ranks_of(handle: Any) -> tuple[int, ...]:
+    """Return the global numbers of a process group's members; () where the group is gone."""
+    try:
+        return tuple(torch.distributed.get_process_group_ranks(handle))
+    except (KeyError, ValueError, RuntimeError):  # as torch's versions say of one that it does not know any more
+        return ()
+
+
 def has_dtensors(model: nn.Module) -> bool:
     """Return whether parameters are DTensors, cut or not."""
     return any(hasattr(parameter, "placements") for parameter in model.parameters())

@@ -129,10 +129,14 @@ def was_gathered(group: Any) -> bool:
 
 
 def parts_of_gathered(module: Any) -> dict[int, Any]:
-    """Return the DTensors of a fully_shard()ed module, by the id of the parameter that stands in the place of each
-    while it is gathered."""
-    found = (p for group in fsdp_groups(module) for p in group.fsdp_params if hasattr(p, "_unsharded_param"))
-    return {id(parameter._unsharded_param): parameter.sharded_param for parameter in found}
+    """Return the DTensors of a fully_shard()ed module, by the ids of the parameters that stand in the place of each
+    while it is gathered, and behind a forward pass with reshard_after_forward=<int>, when fewer ranks share it."""
+    found = {}
+    for parameter in (p for group in fsdp_groups(module) for p in group.fsdp_params):
+        for name in ("_unsharded_param", "_sharded_post_forward_param"):
+            if (standing := getattr(parameter, name, None)) is not None:
+                found[id(standing)] = parameter.sharded_param
+    return found
 
 
 def gradients_of(group: Any) -> Iterator[tuple[set[int], Tensor | None, list[Tensor]]]:

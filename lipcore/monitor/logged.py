@@ -18,6 +18,7 @@ from lipcore.metric.pace import PROMPT, Pace
 from lipcore.metric.results import MetricResult
 from lipcore.metric.state import checked_tensor, is_count
 from lipcore.metric.values import Value
+from lipcore.monitor.logged_part import LoggedPart, note_of, values_of
 from lipcore.monitor.logged_queue import Entry, LoggedQueue, OnLogged, read_numbers
 
 _BLOCK = 64  # steps that are handed on together
@@ -34,6 +35,7 @@ class Logged:
         self._blocks, self._prompt = LoggedQueue(Pace(_BLOCK)), LoggedQueue(Pace(_BLOCK, PROMPT))
         self._before: bool | None = None  # whether calls come before their step
         self._window: list[Entry] = []  # of the open window
+        self._part = _NOTHING  # of the last window that was closed
 
     @property
     def begun(self) -> bool:
@@ -69,19 +71,25 @@ class Logged:
         window's steps, from the first to the last, their notes say of which."""
         taken = [one for one in self._window if one[0] <= last]
         self._window = [one for one in self._window if one[0] > last]  # of a step that is made next, or waits
+        self._part = _NOTHING
         if not taken:
             return None
         steps = sorted({step for step, _, _ in taken})
-        note = ""
-        if steps[0] < first or not self._before:
-            note = f"logged at steps {steps[0]} to {steps[-1]}; log before optimizer.step() for those of the window"
+        late = steps[0] < first or not self._before
+        note = note_of(steps[0], steps[-1]) if late else ""
         result = MetricResult("logged", steps=[steps[0], steps[-1]])
         read = Later(lambda: read_numbers(taken), 8 * len(taken))
+        self._part = [name for _, name, _ in taken], read, [steps[0], steps[-1]], late
         for name in dict.fromkeys(name for _, name, _ in taken):
             where = [i for i, (_, other, _) in enumerate(taken) if other == name]
             reducers = read.then(lambda numbers, where=where: _reduced(numbers[where], note))  # type: ignore[misc]
             result.add_later(name, "total", "total", read, reducers)
         return result
+
+    def part(self) -> LoggedPart:
+        """Return what the last window that was closed adds to that of all ranks; once."""
+        part, self._part = self._part, _NOTHING
+        return LoggedPart(*part)
 
     def hurry(self) -> None:
         """Hand what waits to the listeners at the next steps, not only when there is a block."""
@@ -132,6 +140,9 @@ class LoggedListener(Listener):
         self._logged.hand_on()
 
 
+_NOTHING: tuple[list[str], Later[NDArray[np.float64]], list[int], bool] = ([], Later(lambda: np.empty(0)), [], False)
+
+
 def _kept(value: Any) -> Any:
     """Return a number as it is now: the loop may go on with its tensor in place."""
     if not isinstance(value, Tensor):
@@ -156,10 +167,5 @@ def check_logged(values: Mapping[str, Any]) -> None:
 
 def _reduced(numbers: NDArray[np.float64], note: str) -> dict[str, Value]:
     finite = numbers[np.isfinite(numbers)]
-    found = {"mean": finite.mean(), "min": finite.min(), "max": finite.max()} if len(finite) else {}
-    count, lost = len(finite), len(numbers) - len(finite)
-    note = "; ".join([note] * bool(note) + [f"{lost} that are not finite are left out"] * bool(lost))
-    names = ("mean", "min", "max")
-    reducers = {name: Value(float(found.get(name, math.nan)), count, "exact", count > 0, note) for name in names}
-    last = float(numbers[-1])
-    return reducers | {"last": Value(last, 1, "exact", math.isfinite(last), "")}
+    mean, low, high = (finite.mean(), finite.min(), finite.max()) if len(finite) else (math.nan,) * 3
+    return values_of(mean, low, high, len(finite), len(numbers) - len(finite), (float(numbers[-1]), 1), note, "")

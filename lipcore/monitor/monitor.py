@@ -14,6 +14,7 @@ from lipcore.alarms.attach import AlarmChoice, checked_alarms, prepare_for
 from lipcore.capture.layers.layer_capture import LayerCapture
 from lipcore.distributed.group import AUTO
 from lipcore.metric.protocol import Metric
+from lipcore.metric.rank_part import RankPart
 from lipcore.metric.results import HISTORY_BYTES, MetricResult
 from lipcore.models.arguments import check_count
 from lipcore.monitor.alarmed import Alarmed
@@ -145,7 +146,8 @@ class Monitor(Alarmed):
         """Take numbers that the loop knows: the loss, the learning rate, the tokens so far.
 
         They stand in each closed window as ``window["logged"].loss["total"]`` (mean, min, max and last of the calls in
-        it), and in the record of :func:`lipcore.watch` by step. Under watch() with several ranks it is also where these
+        it; in a window of all ranks, of the calls on all of them, and `last` is the mean of each rank's last), and in
+        the record of :func:`lipcore.watch` by step. Under watch() with several ranks it is also where these
         meet: the first call after a window has closed merges it with those of the others (:meth:`global_window`), so
         every rank has to call it. No device is waited for: tensors are read later. A call
         belongs to the step that comes next, or to the last one, as the first call of all came before the first step or
@@ -279,6 +281,10 @@ class Monitor(Alarmed):
         for name, error in errors.items():
             self._failures.warn(f"lipcore could not measure the probe {name!r}: {error}")
         return found | {"probes": result}
+
+    def _parts_at_close(self) -> dict[str, RankPart]:
+        """Return what was logged, for all ranks."""
+        return {"logged": self._logged.part()}
 
     def probe(
         self,

@@ -14,7 +14,7 @@ from lipcore.capture.layers.layer_capture import LayerCapture
 from lipcore.capture.training_pass import given_pass
 from lipcore.distributed.group import Group
 from lipcore.distributed.partners import Partners
-from lipcore.models.gathered import let_go
+from lipcore.models.gathered import in_parts, let_go
 from lipcore.models.ranks import world_size
 from lipcore.models.restored import all_put_back, without_cached_casts
 
@@ -125,7 +125,8 @@ def _state(capture: LayerCapture, *, stopped: bool) -> str:
 
 def _check_mesh(model: nn.Module, group: Group | None, partners: Partners) -> None:
     """Raise where ranks that hold parts of the model would not take part, and so would be waited for."""
-    meshes = [p.device_mesh.mesh.flatten().tolist() for p in model.parameters() if hasattr(p, "device_mesh")]
+    held = in_parts(model, ((name, "", parameter) for name, parameter in model.named_parameters()))
+    meshes = [p.device_mesh.mesh.flatten().tolist() for *_, p in held if hasattr(p, "device_mesh")]
     apart = partners.none_asked_for and world_size() > 1
     here = set(() if group is None else group.ranks)
     for ranks in meshes:

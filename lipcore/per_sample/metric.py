@@ -31,7 +31,7 @@ from lipcore.per_sample.methods import layer_lines
 from lipcore.per_sample.open_step import PassNumbers
 from lipcore.per_sample.part_rows import IN_PARTS, OTHER_PARTS, OTHER_SCORES, has_rows
 from lipcore.per_sample.rank_part import COUNTS, PerSamplePart
-from lipcore.per_sample.results import add_noise
+from lipcore.per_sample.results import add_noise, passes_unrecorded
 from lipcore.per_sample.sample_names import NamedSamples
 from lipcore.per_sample.sample_observer import SampleObserver
 from lipcore.per_sample.scores.rank_scores import scores_of_all
@@ -233,7 +233,7 @@ class PerSampleMetric(SampleObserver):
             return {} if self._window.parts is None else {"in_parts": IN_PARTS}
         doubts, taken_back = self._window.doubts.counts(), self._window.unproved.taken_back.counts()
         uncovered = dict(self._capture.coverage.uncovered)
-        facts: dict[str, Any] = {"unrecorded": self.unrecorded}
+        facts: dict[str, Any] = {"unrecorded": passes_unrecorded(self.unrecorded, self._model)}
         facts["proved"] = not doubts
         if self._window.in_parts is not None:
             facts["in_parts"] = IN_PARTS

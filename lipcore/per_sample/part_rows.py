@@ -75,6 +75,11 @@ class PassRows:
         ids = b"" if self.ids is None else self.ids.cpu().contiguous().numpy().tobytes()
         return zlib.crc32(ids, self.squares.shape[1])
 
+    @property
+    def numbers(self) -> int:
+        """How many are to be added up."""
+        return self.squares.numel() + self.alike.numel()
+
     def partial(self, ranks: PartRanks) -> Partial:
         """Return what is to be added up."""
         both = torch.cat([self.squares.double(), self.alike.double()])

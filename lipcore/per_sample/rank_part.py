@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipcore.distributed.contribution import Sizes
 from lipcore.distributed.packed import Packed, Together
 from lipcore.distributed.partial_sums import Partial
 from lipcore.metric.distribution import Distribution
-from lipcore.metric.rank_distributions import RankDistributions, distributions_of
+from lipcore.metric.rank_distributions import SUMS, RankDistributions, bins_of, distributions_of
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import MetricResult
 from lipcore.models.names import with_prefix
@@ -188,6 +189,20 @@ class PerSamplePart(RankPart):
     @property
     def _noise(self) -> RankNoise | None:
         return None if self._without_noise else self.noise
+
+    def sizes(self) -> Sizes:
+        """Return how many numbers there are, by the layers of all ranks."""
+        parts, noise = self.parts, self._noise
+        places = (len(self._all_layers) + 1) * self.columns
+        steps, of_noise = (0, 0) if noise is None else (noise.steps, noise.steps * noise.columns)
+        counts = 1 + sum(len(reasons) for reasons in self.heard.values())
+        waiting = [] if parts is None else [rows.numbers for rows in self.rows if not rows.whole]
+        return Sizes(
+            SUMS * places + steps + (parts is not None),
+            lambda most: counts + SUMS * places + bins_of(most[0]) + of_noise,
+            sum(waiting),
+            None if parts is None else parts.handle,
+        )
 
     def packed(self) -> Packed:
         """Return the counts, histograms and the sums of single steps."""

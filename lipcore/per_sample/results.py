@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
+from torch import nn
 
+from lipcore.capture.layers.passes import STRAYED
 from lipcore.metric.columns import Column, Columns, Numbers, Places, one_if_same, rows_of, words_of
 from lipcore.metric.distribution import Distribution, described
 from lipcore.metric.results import Label, MetricResult
+from lipcore.models.averaging import GONE, is_of_a_gone_group
 from lipcore.per_sample.noise.estimates import QUANTITIES
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.noise.noise_sums import NoiseSums
@@ -83,3 +86,10 @@ def add_noise(
         result.details["noise_scale_skipped"] = sums.skipped()
         if off:
             result.details["noise_scale_off"] = off
+
+
+def passes_unrecorded(counts: Mapping[str, int], model: nn.Module | None) -> dict[str, int]:
+    """Return how many passes were not recorded, by reason: layers that stray from a wrapper whose process group is gone
+    are called by another one in its place."""
+    gone = STRAYED in counts and is_of_a_gone_group(model)
+    return {GONE if gone and reason == STRAYED else reason: count for reason, count in counts.items()}

@@ -107,11 +107,16 @@ def described(rows: Numbers, bins: np.ndarray[Any, Any], untrue: str = "") -> di
     in_range = (variance >= _LEAST) & (variance <= _MOST) & np.isfinite(m4)
     why = np.where(low == high, _CONSTANT, np.where(in_range, "", _RANGE))
     said = [note or str(reason) for note, reason in zip(notes, why.tolist(), strict=True)]
-    spread = np.isfinite(variance)
+    # Sums of finite elements may leave the range themselves: what is made of them is no number then.
+    near, spread = np.isfinite(mean), np.isfinite(variance)
+
+    def in_reach(there: Any) -> list[str]:
+        return [note or ("" if one else _RANGE) for note, one in zip(notes, there.tolist(), strict=True)]
+
     elements = n + nonfinite
     columns = {
-        "mean": column(mean),
-        "sd": column(np.where(spread, np.sqrt(variance), np.nan), good=valid & spread),
+        "mean": column(np.where(near, mean, np.nan), good=valid & near, said=in_reach(near)),
+        "sd": column(np.where(spread, np.sqrt(variance), np.nan), good=valid & spread, said=in_reach(spread)),
         "min": column(low),
         "max": column(high),
         "kurtosis": column(np.where(in_range, kurtosis, np.nan), good=valid & in_range, said=said),

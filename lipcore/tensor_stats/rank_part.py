@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lipcore import _core
+from lipcore.distributed.contribution import Sizes
 from lipcore.distributed.packed import Packed, Together
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import MetricResult
@@ -104,6 +105,11 @@ class TensorStatsPart(RankPart):
             if quantity == "output" or (owners is not None and name in owners.mine)
         ]
 
+    def sizes(self) -> Sizes:
+        """Return how many numbers there are, by the rows of all ranks."""
+        count, sums, most = len(self._rows), self._all.sums, self._all.most
+        return Sizes(5 * count + most + 2, lambda largest: _SUMS * count + _begins(largest[0])[-1] + sums + 1)
+
     def packed(self) -> Packed:
         """Return rows and histograms with a place for each of all ranks."""
         where, count = self._where(), len(self._rows)
@@ -149,7 +155,8 @@ class TensorStatsPart(RankPart):
             row = self.numbers.rows[i].tolist()
             n, m2, m3, m4 = row[_COUNT], row[_M2], row[_M3], row[_M4]
             d = row[_MEAN] - float(largest[place, _NEAR]) if n else 0.0
-            powers = [n * d, m2 + n * d**2, m3 + 3 * d * m2 + n * d**3, m4 + 4 * d * m3 + 6 * d**2 * m2 + n * d**4]
+            d2 = d * d  # products are inf where they leave the range of float64; d**4 would raise
+            powers = [n * d, m2 + n * d2, m3 + 3 * d * m2 + n * d2 * d, m4 + 4 * d * m3 + 6 * d2 * m2 + n * d2 * d2]
             numbers = [n, *powers, row[_ZEROS], row[_NONFINITE]]
             moments[place] += torch.tensor(numbers, dtype=torch.float64, device="cpu")
             used = self.numbers.bins[i].nonzero().flatten().numpy()
@@ -169,8 +176,9 @@ class TensorStatsPart(RankPart):
             if not n:
                 continue
             d = s1 / n
-            m2, m3 = s2 - n * d**2, s3 - 3 * d * s2 + 2 * n * d**3
-            m4 = s4 - 4 * d * s3 + 6 * d**2 * s2 - 3 * n * d**4
+            d2 = d * d
+            m2, m3 = s2 - n * d2, s3 - 3 * d * s2 + 2 * n * d2 * d
+            m4 = s4 - 4 * d * s3 + 6 * d2 * s2 - 3 * n * d2 * d2
             low, high = -limits[_LESS_LOW], limits[_HIGH]
             if low == high:
                 m2 = m3 = m4 = 0.0

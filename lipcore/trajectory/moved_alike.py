@@ -24,7 +24,9 @@ _SAID = (
     "trajectory: ranks that hold the same parameters have moved them by other steps (squared updates of this window "
     "add up to {0:.6g} on one rank and {1:.6g} on another), so that there is no movement of the model: they train "
     "apart, and average weights now and then (local SGD, DiLoCo), or one of them has skipped steps. Each rank's own "
-    "numbers are in pop_window() and history; pass group=None, or average gradients"
+    "numbers are in pop_window() and history; pass group=None, or average gradients. Where each rank steps a part of "
+    "the parameters and sends it to the others behind (ZeRO by hand), do both in step() of one object, and pass that "
+    "as optimizer="
 )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lipcore.distributed.contribution import Sizes
 from lipcore.distributed.packed import Packed, Together
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import Level, MetricResult
@@ -55,6 +56,15 @@ class TrajectoryPart(RankPart):
     def nbytes(self) -> int:
         """Bytes of the single steps."""
         return sum(tensor.nbytes for tensor in (self.sums.steps, *self.sums.gradients.values()))
+
+    def sizes(self) -> Sizes:
+        """Return how many numbers there are, by the parameters of all ranks."""
+        owners = self.holding.ownership
+        assert owners is not None
+        steps, stages = self.agreed["steps"], len(self.agreed["gradients"])
+        sums, largest = ShardSums.sizes(steps, len(owners.names), stages, steps)
+        sums += len(self._places)
+        return Sizes(largest + 2 + 2 * stages, lambda _: sums)
 
     def packed(self) -> Packed:
         """Return the sums with a column for each parameter of all ranks, and 0 where another rank counts it."""

@@ -139,6 +139,12 @@ class ShardSums:
             })  # fmt: skip
         return cls(steps, added, largest, steps.new_zeros(0), *stages)
 
+    @staticmethod
+    def sizes(steps: int, parameters: int, stages: int, gradient_steps: int) -> tuple[int, int]:
+        """Return how many numbers :meth:`packed` has in its sums, without paths, and in its maxima: of so many single
+        steps, and of gradients in so many of so many stages."""
+        return (2 * steps + 4 + stages * gradient_steps) * parameters, 4 * parameters + stages
+
     def packed(self, *others: ShardSums) -> Packed:
         """Return them, and others after them, in the order of :meth:`of_packed`."""
         sums: list[Tensor] = []

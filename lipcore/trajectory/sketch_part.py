@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipcore.distributed.contribution import Sizes
 from lipcore.distributed.packed import Packed, Together
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import Level, MetricResult, Places
@@ -87,6 +88,17 @@ class SketchPart(SketchRankPart):
     def nbytes(self) -> int:
         """Bytes of the single steps."""
         return sum(tensor.nbytes for tensor in (self.sums.steps, *self.gradients.gradients.values()))
+
+    def sizes(self) -> Sizes:
+        """Return how many numbers there are, by the slices and the parameters."""
+        owners = self.holding.ownership
+        assert owners is not None
+        steps, stages = self.agreed["steps"], len(self.agreed["gradients"])
+        of_slices = ShardSums.sizes(steps, len(self.members) * SPLIT, 0, steps)
+        of_gradients = ShardSums.sizes(0, len(owners.names), stages, steps)
+        sums, largest = (a + b for a, b in zip(of_slices, of_gradients, strict=True))
+        sums += len(self._places)
+        return Sizes(largest + 2 + 2 * stages, lambda _: sums)
 
     def packed(self) -> Packed:
         """Return the sums of slices and of gradients, 0 where another rank counts them."""
@@ -179,6 +191,10 @@ class KeptSketchesPart(SketchRankPart):
             if not owners.counted_together(names):
                 return _MIXED.format("total")
         return ""
+
+    def sizes(self) -> Sizes:
+        """Return how many numbers a kind of sketches has."""
+        return Sizes(0, lambda _: self.kept[:, 0].numel())
 
     def packed(self) -> Packed:
         """Return the sum of the kinds that this rank counts."""

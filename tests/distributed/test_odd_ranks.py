@@ -13,11 +13,12 @@ pytestmark = pytest.mark.ci  # four processes, for 20 s
 
 RIGHT = (
     *("offload", "offload_samples", "offload_lambda", "offload_hsdp", "between_forward_and_backward", "noise_between"),
-    *("between_in_hsdp", "hsdp_samples", "accumulated", "checkpointed", "compiled", "zero_redundancy"),
-    *("made_before_the_group", "one_group_after_another", "two_models"),
+    *("between_in_hsdp", "hsdp_samples", "accumulated", "checkpointed", "compiled", "zero_redundancy", "zero_by_hand"),
+    *("made_before_the_group", "one_group_after_another", "two_models", "shared_by_fewer", "samples_where_fewer_share"),
 )
 REFUSED = {
     "averaged_now_and_then": r"ValueError: trajectory: ranks that hold the same parameters have moved them by other ",
+    "zero_by_hand_behind": r"ValueError: trajectory: .* have moved them by other .* do both in step\(\) of one object",
     "averaged_with_sketches": r"ValueError: trajectory: ranks that hold the same parameters have moved them by other ",
 }
 OTHERS = {

@@ -246,6 +246,44 @@ def zero_redundancy(rank: int, world: int) -> dict[str, Any]:
     )
 
 
+class ShareOfSteps:
+    """Each rank steps a part of the parameters, and sends it to the others: in step(), or behind it."""
+
+    def __init__(self, model: nn.Module, rank: int, world: int) -> None:
+        self._all, self._world = list(model.parameters()), world
+        self.optimizer = torch.optim.SGD(self._all[rank::world], lr=0.1, momentum=0.9)
+        self.param_groups = self.optimizer.param_groups
+
+    def zero_grad(self) -> None:
+        for parameter in self._all:
+            parameter.grad = None
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.send()
+
+    def send(self) -> None:
+        for i, parameter in enumerate(self._all):
+            dist.broadcast(parameter.data, i % self._world)
+
+
+def zero_by_hand(rank: int, world: int) -> dict[str, Any]:
+    model = DDP(made())
+    optimizer = ShareOfSteps(model, rank, world)
+    monitor = Monitor(model, optimizer, [Trajectory(stats=STATS)], window_steps=WINDOW, timeout=20)  # type: ignore[arg-type]
+    return errors(
+        each_step(monitor, model, optimizer, data_of(range(world))[rank]), truth(made(), data_of(range(world)))
+    )
+
+
+def zero_by_hand_behind(rank: int, world: int) -> Any:
+    """The Monitor is given the optimizer inside: its step moves other parameters on each rank."""
+    model = DDP(made())
+    optimizer = ShareOfSteps(model, rank, world)
+    monitor = Monitor(model, optimizer.optimizer, [Trajectory(stats=STATS)], window_steps=WINDOW, timeout=20)
+    return each_step(monitor, model, optimizer, data_of(range(world))[rank])
+
+
 def each_step(monitor: Monitor, model: Any, optimizer: Any, data: Data) -> list[Any]:
     found: list[Any] = []
 
@@ -395,6 +433,56 @@ def gathered_when_looked_at(rank: int, world: int) -> dict[str, Any]:
     return errors(found, truth(made(), data_of(range(world)))) | {"alone": abs(ours / theirs - 1), "off": off}
 
 
+def shared_by_fewer(rank: int, world: int) -> dict[str, Any]:
+    """reshard_after_forward=2 on 4 ranks: behind a forward pass two ranks share what four do between steps."""
+    found = looked_at_where_fewer_share(rank, world, lambda model: nn.utils.clip_grad_norm_(model.parameters(), CLIP))
+    counts = [int(window["tensor_stats"].parameter["total"].mean.count) for window in found]
+    assert counts == [WINDOW * sum(p.numel() for p in made(Even).parameters())] * len(found)
+    return errors(found, truth(made(Even), data_of(range(world))))
+
+
+def samples_where_fewer_share(rank: int, world: int) -> dict[str, Any]:
+    found = looked_at_where_fewer_share(rank, world, lambda model: None)
+    return compared(found, Truth(made(Even)).windows(data_of(range(world))))
+
+
+def looked_at_where_fewer_share(rank: int, world: int, clips: Callable[[Any], Any]) -> list[Any]:
+    """Everything is done there: the Monitor is made, steps begin, windows are merged, one amid a step, and a state is
+    saved and gone on from."""
+    from torch.distributed.fsdp import fully_shard
+
+    batches, model = data_of(range(world))[rank], made(Even)
+    for layer in (model.a, model.b, model):
+        fully_shard(layer, reshard_after_forward=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def look() -> None:
+        with torch.no_grad():
+            model(batches[0][0])
+        assert model.a.weight.device_mesh.ndim == 2
+
+    look()
+    metrics = [Trajectory(stats=STATS), PerSampleGradNorms(loss_reduction="mean"), TensorStats(every_steps=1)]
+    found: list[Any] = []
+    with Monitor(model, optimizer, metrics, window_steps=WINDOW, timeout=20) as monitor:
+        monitor.prove(batches[0][0])
+        for step, (x, y) in enumerate(batches):
+            look()
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(x), y)
+            if step == WINDOW:
+                found.append(monitor.global_window())
+            loss.backward()
+            clips(model)
+            optimizer.step()
+            look()
+            if step == WINDOW:
+                monitor.load_state_dict(monitor.state_dict())
+            if step > WINDOW and (window := monitor.global_window()) is not None:
+                found.append(window)
+    return found
+
+
 class Centred(Even):
     """It takes the mean over the samples of all ranks, forward and backward, as SyncBatchNorm does."""
 
@@ -498,9 +586,11 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
     assert ranks == 4
     os.environ.setdefault("LIPCORE_TEST_FOLDER", tempfile.mkdtemp())
     for work in (offload, offload_samples, offload_lambda, offload_bits, between_forward_and_backward, noise_between,
-                 accumulated, checkpointed, compiled, zero_redundancy, made_before_the_group, one_group_after_another,
+                 accumulated, checkpointed, compiled, zero_redundancy, zero_by_hand, zero_by_hand_behind,
+                 made_before_the_group, one_group_after_another,
                  destroyed, averaged_now_and_then, averaged_with_sketches, reduced_by_hand, sharded_late,
                  gathered_when_looked_at, closed_and_merged_again, gone_back):  # fmt: skip
         yield work.__name__, 2, quiet(work)
-    for work in (offload_hsdp, between_in_hsdp, hsdp_samples, two_models, one_replica_watched):
+    for work in (offload_hsdp, between_in_hsdp, hsdp_samples, two_models, one_replica_watched, shared_by_fewer,
+                 samples_where_fewer_share):  # fmt: skip
         yield work.__name__, 4, quiet(work)

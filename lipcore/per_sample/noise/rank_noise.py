@@ -104,6 +104,11 @@ class RankNoise:
         return len(self.table.codes) + (0 if self.carried is None else len(self.carried.codes))
 
     @property
+    def columns(self) -> int:
+        """How many numbers ranks add up for each step."""
+        return 3 * self.places + _ALL + 1
+
+    @property
     def _own_reasons(self) -> list[str]:
         return sorted({*self.table.reasons, *(self.carried.reasons if self.carried is not None else ())})
 

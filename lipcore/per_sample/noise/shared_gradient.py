@@ -9,7 +9,7 @@ from torch import nn
 
 from lipcore.distributed.rank_axis import Place
 from lipcore.metric.state import is_count, under_key
-from lipcore.models.averaging import UNKNOWN, averaged_over
+from lipcore.models.averaging import GONE, UNKNOWN, averaged_over, is_of_a_gone_group
 from lipcore.models.ranks import world_size
 from lipcore.models.tensor_parallel import PartRanks
 from lipcore.per_sample.noise.carried_steps import CarriedSteps, PlacedOwners
@@ -161,6 +161,8 @@ class SharedGradient:
         """Return what this rank adds to the noise scale of all after so many steps; None and why there is nothing.
         Waits for the device."""
         self._ask()
+        if is_of_a_gone_group(self._model):
+            return None, GONE
         if self._kept is None or self._kept.off or self._interrupted:
             return None, self.off if self._kept is None else self._kept.off or self._interrupted
         if len(names) != len(self._layers):
