@@ -35,7 +35,7 @@ class Logged:
         self._blocks, self._prompt = LoggedQueue(Pace(_BLOCK)), LoggedQueue(Pace(_BLOCK, PROMPT))
         self._before: bool | None = None  # whether calls come before their step
         self._window: list[Entry] = []  # of the open window
-        self._part = _NOTHING  # of the last window that was closed
+        self._part: LoggedPart | None = None  # of the last window that was closed
 
     @property
     def begun(self) -> bool:
@@ -71,7 +71,7 @@ class Logged:
         window's steps, from the first to the last, their notes say of which."""
         taken = [one for one in self._window if one[0] <= last]
         self._window = [one for one in self._window if one[0] > last]  # of a step that is made next, or waits
-        self._part = _NOTHING
+        self._part = None
         if not taken:
             return None
         steps = sorted({step for step, _, _ in taken})
@@ -79,7 +79,7 @@ class Logged:
         note = note_of(steps[0], steps[-1]) if late else ""
         result = MetricResult("logged", steps=[steps[0], steps[-1]])
         read = Later(lambda: read_numbers(taken), 8 * len(taken))
-        self._part = [name for _, name, _ in taken], read, [steps[0], steps[-1]], late
+        self._part = LoggedPart([name for _, name, _ in taken], read, [steps[0], steps[-1]], late)
         for name in dict.fromkeys(name for _, name, _ in taken):
             where = [i for i, (_, other, _) in enumerate(taken) if other == name]
             reducers = read.then(lambda numbers, where=where: _reduced(numbers[where], note))  # type: ignore[misc]
@@ -88,8 +88,8 @@ class Logged:
 
     def part(self) -> LoggedPart:
         """Return what the last window that was closed adds to that of all ranks; once."""
-        part, self._part = self._part, _NOTHING
-        return LoggedPart(*part)
+        part, self._part = self._part, None
+        return part or LoggedPart([], Later(lambda: np.empty(0)), [], False)
 
     def hurry(self) -> None:
         """Hand what waits to the listeners at the next steps, not only when there is a block."""
@@ -138,9 +138,6 @@ class LoggedListener(Listener):
 
     def closed(self) -> None:
         self._logged.hand_on()
-
-
-_NOTHING: tuple[list[str], Later[NDArray[np.float64]], list[int], bool] = ([], Later(lambda: np.empty(0)), [], False)
 
 
 def _kept(value: Any) -> Any:

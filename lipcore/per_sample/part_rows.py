@@ -77,7 +77,7 @@ class PassRows:
 
     @property
     def numbers(self) -> int:
-        """How many are to be added up."""
+        """Number of those that are to be added up."""
         return self.squares.numel() + self.alike.numel()
 
     def partial(self, ranks: PartRanks) -> Partial:

@@ -675,8 +675,8 @@ MUTANTS = (
     Mutant(
         "ranks' sums are of powers about their own means",
         "lipcore/tensor_stats/rank_part.py",
-        "m3 + 3 * d * m2 + n * d**3",
-        "m3 + n * d**3",
+        "m3 + 3 * d * m2 + n * d2 * d",
+        "m3 + n * d2 * d",
         ("tensor_stats/test_stats_ranks.py::test_parts_of_ranks_add_up",),
     ),
 )

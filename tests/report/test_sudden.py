@@ -187,4 +187,5 @@ def test_the_map_says_of_layers_alone_what_is_furthest() -> None:
     )
     assert "Furthest from the steps before: " in str(RatioMap(ratios, facts)._sentence())
     (check,) = [one for one in checks_of(facts, None) if one.name == "Alarms"]
-    assert check.text == "1 alarm in step 200: not finite: the loss (told by rank 1)"
+    told = "told by rank 1); what is below is not of that rank, --rank 1 shows it"
+    assert check.text == f"1 alarm in step 200: not finite: the loss ({told}"

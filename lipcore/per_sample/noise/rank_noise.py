@@ -105,7 +105,7 @@ class RankNoise:
 
     @property
     def columns(self) -> int:
-        """How many numbers ranks add up for each step."""
+        """Numbers that ranks add up for each step."""
         return 3 * self.places + _ALL + 1
 
     @property
