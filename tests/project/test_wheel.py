@@ -79,7 +79,7 @@ def test_it_is_small_and_whole(wheel: Path) -> None:
     assert {"lipcore/py.typed", "lipcore/_core.pyi", "lipcore/recording/run.py"} <= set(names)
     assert {"lipcore/report/page.css", "lipcore/report/page.js"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "bench", "csrc"))]
-    assert wheel.stat().st_size < 2_000_000
+    assert wheel.stat().st_size < 2_100_000
 
 
 def test_it_needs_nothing_that_a_system_may_lack(wheel: Path, tmp_path: Path) -> None:
