@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lipcore.metric.protocol import Metric
-from lipcore.models.gathered import fully_sharded
+from lipcore.models.gathered import holds_parts
 from lipcore.models.names import find_module
-from lipcore.models.ranks import is_sharded, world_size
+from lipcore.models.ranks import world_size
 from lipcore.models.wrapped import note_wrapper
 from lipcore.monitor.monitor import Monitor
 from lipcore.monitor.watch import watch
@@ -108,7 +108,7 @@ class LightningCallback(Callback):  # type: ignore[misc]
         if self.monitor is None:
             return {}
         model = self.monitor.model
-        if world_size() > 1 and (is_sharded(model) or fully_sharded(model)):
+        if world_size() > 1 and holds_parts(model):
             warnings.warn(_RANK_0_ALONE, RuntimeWarning, stacklevel=2)
             return {}
         return {"monitor": self.monitor.state_dict()}

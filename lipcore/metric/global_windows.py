@@ -15,8 +15,8 @@ from lipcore.metric.protocol import Metric
 from lipcore.metric.rank_part import NOT_MERGED, RankPart
 from lipcore.metric.results import History, Window
 from lipcore.metric.window import Scope
-from lipcore.models.gathered import fully_sharded
-from lipcore.models.ranks import is_sharded, rank, world_size
+from lipcore.models.gathered import holds_parts
+from lipcore.models.ranks import rank, world_size
 
 #: How many closed windows, and bytes of them, wait at most.
 _MOST, _MOST_BYTES = 32, 64 << 20
@@ -58,7 +58,7 @@ class GlobalWindows:
         """Return what this process's own windows cover."""
         if self.stands_alone:
             return "global"
-        parts = is_sharded(model) or bool(fully_sharded(model)) or any(metric.keeps_parts for metric in metrics)
+        parts = holds_parts(model) or any(metric.keeps_parts for metric in metrics)
         return "shard" if parts else "rank"
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipcore.models.ranks import has_dtensors
+from lipcore.models.ranks import has_dtensors, is_sharded
 from lipcore.models.torch_internals import (
     backward_begun,
     before_backward,
@@ -29,6 +29,11 @@ def fully_sharded(model: nn.Module) -> list[Any]:
 def is_spread(model: nn.Module) -> bool:
     """Return whether parameters are spread over ranks: DTensors, or gathered from such for the pass under way."""
     return has_dtensors(model) or bool(fully_sharded(model))
+
+
+def holds_parts(model: nn.Module) -> bool:
+    """Return whether a rank holds parts of some parameters only, which may be gathered just now."""
+    return is_sharded(model) or bool(fully_sharded(model))
 
 
 def gathers_by_part(model: nn.Module) -> bool:
