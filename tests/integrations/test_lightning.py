@@ -180,7 +180,7 @@ def test_state_of_parts_is_not_in_a_checkpoint_that_rank_0_alone_writes(tmp_path
 
     with monkeypatch.context() as several:  # as under FSDP2
         several.setattr("lipcore.integrations.lightning.world_size", lambda: 2)
-        several.setattr("lipcore.integrations.lightning.is_sharded", lambda model: True)
+        several.setattr("lipcore.integrations.lightning.holds_parts", lambda model: True)
         with pytest.warns(RuntimeWarning, match="lipcore's state is not in this checkpoint: .* dcp.save"):
             trained(Inside(), tmp_path, [lipcore.integrations.LightningCallback(window_steps=4), Save()])
     again = lipcore.integrations.LightningCallback(window_steps=4)
