@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.distributed import pipelining
 from torch.distributed.pipelining import schedules, stage
 
 from lipcore import Monitor, PerSampleGradNorms, Trajectory
+from lipcore.capture import pipeline_stages
 from lipcore.models.torch_internals import STAGE_LEARNS_SHAPES, STAGE_REDUCES
 
 ONE_EACH = [name for name in NAMES if SCHEDULES[name.partition(",")[0]] == 1]
@@ -92,7 +94,9 @@ def test_sums_over_samples_are_of_gradients_that_nobody_has_divided() -> None:
     assert noise == pytest.approx(float(torch.stack(rows).var(0).sum()), rel=1e-9)
 
 
-def test_stages_have_their_own_methods_where_nobody_watches() -> None:
+def test_stages_have_their_own_methods_where_nobody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_stages, "_watches", weakref.WeakSet())  # other tests may leave Monitors open
+    pipeline_stages._unwrap()
     kind = pipelining.PipelineStage
 
     def methods() -> list[Any]:
