@@ -69,7 +69,9 @@ def room_for(text: str) -> int:
 def gathered(text: str, room: int, group: Group) -> list[str]:
     """Return the texts of all ranks, "" for one that is longer than `room` bytes. One collective."""
     data = torch.zeros(8 + room, dtype=torch.uint8, device="cpu")
-    encoded = text.encode() if len(text.encode()) <= room else b""  # nothing is raised that others do not raise too
+    encoded = text.encode()
+    if len(encoded) > room:
+        encoded = b""  # nothing is raised that others do not raise too
     written = len(encoded).to_bytes(8, "little") + encoded
     data[: len(written)] = torch.from_numpy(np.frombuffer(written, dtype=np.uint8).copy())
     data = data.to(group.device)

@@ -18,7 +18,7 @@ from lipcore.recording.endings import Endings, EndKind
 from lipcore.recording.flight import Flight
 from lipcore.recording.recorder import Recorder
 from lipcore.recording.stopwatch import Stopwatch
-from lipcore.report.covered import SINGLE_STEPS
+from lipcore.report.parts import SINGLE_STEPS
 from lipcore.trajectory.metric import Trajectory
 
 

@@ -3,14 +3,11 @@ windows those of all ranks, where these were merged."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from lipcore.report.parts import other_parts, said_by
 from lipcore.report.source import Started
-
-#: Key of the fact about a start that says whose numbers single steps are: {"scope": "shard", "rank": 0, "ranks": 2}.
-SINGLE_STEPS = "single_steps"
 
 
 @dataclass(frozen=True)
@@ -58,25 +55,11 @@ class Covered:
 def covered(starts: Sequence[Started], scopes: Iterable[str] = ()) -> Covered:
     """Return what the single steps cover, by what the starts of a run say, or where an older record does not, by what
     its windows cover."""
-    said = [_said(start.config) for start in starts]
-    known = [one for one in said if one]
+    known = [said for start in starts if (said := said_by(start.config))]
     if not known:
         config = starts[-1].config if starts else {}
         rank = config.get("rank", 0)
         return Covered(rank if isinstance(rank, int) else 0, parts="shard" in scopes)
-    last = known[-1]
-    changes = [
-        start.step
-        for start, one, before in zip(starts[1:], said[1:], said, strict=False)
-        if one and before and (one["scope"], one["ranks"]) != (before["scope"], before["ranks"])
-    ]
+    last, changes = known[-1], other_parts(starts)
     parts = any(one["scope"] == "shard" for one in known)
-    return Covered(last["rank"], max(one["ranks"] for one in known), parts, changes[-1] if changes else None)
-
-
-def _said(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a start says, nothing where that is another's: a run may be told any facts."""
-    found = config.get(SINGLE_STEPS)
-    if not isinstance(found, dict) or found.get("scope") not in ("rank", "shard", "global"):
-        return {}
-    return found if all(isinstance(found.get(key), int) for key in ("rank", "ranks")) else {}
+    return Covered(last["rank"], max(one["ranks"] for one in known), parts, changes[-1].last if changes else None)

@@ -8,9 +8,9 @@ from datetime import datetime, timezone
 
 from lipcore.report.alarms_told import LIGHT, told, worst_first
 from lipcore.report.checks import Check
-from lipcore.report.covered import SINGLE_STEPS
 from lipcore.report.facts import Facts
 from lipcore.report.html import Html, Table, count, html, joined, name_of, number, tag
+from lipcore.report.parts import SINGLE_STEPS
 from lipcore.report.section import Missing
 from lipcore.report.source import StepTime
 

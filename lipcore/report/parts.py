@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from lipcore.report.covered import SINGLE_STEPS
 from lipcore.report.source import Started
+
+#: Key of the fact about a start that says whose numbers single steps are: {"scope": "shard", "rank": 0, "ranks": 2}.
+SINGLE_STEPS = "single_steps"
+_SCOPES = {"rank": "whole parameters", "shard": "parts of the parameters", "global": "whole parameters"}
 
 
 @dataclass(frozen=True)
@@ -24,26 +26,25 @@ class OtherParts:
         return f"steps up to {self.last:,} were made on {self.before}, later ones on {self.after}"
 
 
+def said_by(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a start says, nothing where that is another's: a run may be told any facts."""
+    found = config.get(SINGLE_STEPS)
+    if not isinstance(found, dict) or found.get("scope") not in _SCOPES:
+        return {}
+    return found if all(isinstance(found.get(key), int) for key in ("rank", "ranks")) else {}
+
+
 def other_parts(starts: Sequence[Started]) -> list[OtherParts]:
     """Return where that changes, by step; a start that does not say it changes nothing."""
-    kept: list[tuple[int, Any]] = []
+    kept: list[tuple[int, int, str]] = []
     for start in starts:  # a rewind removes what came later
-        kept = [(step, of) for step, of in kept if step < start.step]
-        of = start.config.get(SINGLE_STEPS)
-        kept += [(start.step, of)] if isinstance(of, dict) else []
-    pairs = pairwise(kept)
+        kept = [one for one in kept if one[0] < start.step]
+        said = said_by(start.config)
+        kept += [(start.step, said["ranks"], said["scope"])] if said else []
     return [
-        OtherParts(step, _words(one), _words(other)) for (_, one), (step, other) in pairs if _key(one) != _key(other)
+        OtherParts(here[0], _words(*one[1:]), _words(*here[1:])) for one, here in pairwise(kept) if one[1:] != here[1:]
     ]
 
 
-def _key(of: Any) -> str:
-    return json.dumps([of.get("ranks"), of.get("scope")])
-
-
-_SCOPES = {"rank": "whole parameters", "shard": "parts of the parameters", "global": "whole parameters"}
-
-
-def _words(of: Any) -> str:
-    ranks = of.get("ranks")
-    return f"{ranks} rank{'' if ranks == 1 else 's'} ({_SCOPES.get(of.get('scope'), 'unknown parts')})"
+def _words(ranks: int, scope: str) -> str:
+    return f"{ranks} rank{'' if ranks == 1 else 's'} ({_SCOPES[scope]})"

@@ -18,10 +18,7 @@ pytestmark = pytest.mark.ci  # two processes, for 10 s
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: Any) -> Any:
     """What every rank has found, by situation; ranks are started once."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIPCORE_TEST_FOLDER", str(folder))
-        yield run_situations(folder, "elastic_situations", 2)
+    return run_situations(tmp_path_factory.mktemp("ranks"), "elastic_situations", 2)
 
 
 def test_every_situation_is_in_the_table() -> None:

@@ -30,10 +30,7 @@ OTHERS = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: Any) -> Any:
     """What every rank has found, by situation; ranks are started once."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIPCORE_TEST_FOLDER", str(folder))
-        yield run_situations(folder, "odd_situations", 4)
+    return run_situations(tmp_path_factory.mktemp("ranks"), "odd_situations", 4)
 
 
 def test_every_situation_is_in_the_table() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -71,6 +69,5 @@ def gone_on(way: str, rank: int, world: int) -> Any:
 
 def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, number of ranks and work of each."""
-    os.environ.setdefault("LIPCORE_TEST_FOLDER", tempfile.mkdtemp())
     for way in ("remedy", "left_as_it_is", "rebind", "group"):
         yield way, ranks, quiet(functools.partial(gone_on, way))

@@ -7,7 +7,6 @@ import copy
 import datetime
 import itertools
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -584,7 +583,6 @@ def two_models(rank: int, world: int) -> dict[str, Any]:
 def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, ranks and work of each."""
     assert ranks == 4
-    os.environ.setdefault("LIPCORE_TEST_FOLDER", tempfile.mkdtemp())
     for work in (offload, offload_samples, offload_lambda, offload_bits, between_forward_and_backward, noise_between,
                  accumulated, checkpointed, compiled, zero_redundancy, zero_by_hand, zero_by_hand_behind,
                  made_before_the_group, one_group_after_another,

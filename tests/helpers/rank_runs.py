@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
@@ -25,9 +26,10 @@ def assert_right(numbers: Any, scope: str = "global", error: float = 1e-7) -> No
 
 
 def run_situations(folder: Path, module: str, ranks: int) -> Found:
-    """Run what `module.situations(ranks)` gives; what a rank raises is its name and message."""
+    """Run what `module.situations(ranks)` gives, which may write into LIPCORE_TEST_FOLDER; what a rank raises is its
+    name and message."""
     try:
-        run_ranks(work_through, str(folder), module, ranks, ranks=ranks)
+        _run_in(folder, module, ranks)
     except ProcessRaisedException as error:
         # As a group is made, gloo is sometimes called by a rank of another test, which takes the port for that of a
         # group of its own that is gone.
@@ -35,12 +37,18 @@ def run_situations(folder: Path, module: str, ranks: int) -> Found:
             raise
         folder = folder / "again"
         folder.mkdir()
-        run_ranks(work_through, str(folder), module, ranks, ranks=ranks)
+        _run_in(folder, module, ranks)
     found: Found = {}
     for name, world, _ in importlib.import_module(module).situations(ranks):
         files = [folder / f"{name}.{rank}.json" for rank in range(world)]
         found[name] = [json.loads(file.read_text()) for file in files if file.exists()]
     return found
+
+
+def _run_in(folder: Path, module: str, ranks: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIPCORE_TEST_FOLDER", str(folder))
+        run_ranks(work_through, str(folder), module, ranks, ranks=ranks)
 
 
 def work_through(rank: int, folder: str, module: str, ranks: int) -> None:

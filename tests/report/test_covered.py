@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lipcore
 from lipcore.recording import RunRecord, open_run
-from lipcore.report.covered import SINGLE_STEPS, covered
+from lipcore.report.covered import covered
+from lipcore.report.parts import SINGLE_STEPS
 
 STEPS, WINDOW = 12, 6
 

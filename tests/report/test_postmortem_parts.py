@@ -13,13 +13,12 @@ from torch import nn
 import lipcore
 from lipcore.recording import RunRecord, open_run
 from lipcore.recording.run import Start
-from lipcore.report.covered import SINGLE_STEPS
 from lipcore.report.facts import facts_of
-from lipcore.report.parts import other_parts
+from lipcore.report.parts import SINGLE_STEPS, other_parts
 from lipcore.report.plots import Plots
 from lipcore.report.sections.training import training
 
-TWO, ONE = {"ranks": 2, "scope": "shard"}, {"ranks": 1, "scope": "global"}
+TWO, ONE = {"ranks": 2, "scope": "shard", "rank": 0}, {"ranks": 1, "scope": "global", "rank": 0}
 
 
 def resumed(folder: Path, after: Any, *, at: int = 85, steps: int = 120) -> None:
@@ -84,4 +83,4 @@ def test_a_start_says_of_how_many_ranks_its_steps_are(tmp_path: Path) -> None:
             model(torch.ones(5, 3)).sum().backward()
             optimizer.step()
     with open_run(tmp_path / "a") as run:
-        assert run.config[SINGLE_STEPS] == ONE | {"rank": 0}
+        assert run.config[SINGLE_STEPS] == ONE
