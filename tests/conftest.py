@@ -79,6 +79,13 @@ def two_threads():
 
 
 @pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step takes longer than numbers of single steps wait, whatever the machine: each is handed on at once."""
+    for module in ("lipcore.trajectory.single_steps", "lipcore.monitor.logged"):
+        monkeypatch.setattr(f"{module}.PROMPT", 0.0)
+
+
+@pytest.fixture
 def group_of_one_rank() -> Iterator[None]:
     """torch's process group, of this process alone."""
     with one_rank():

@@ -9,14 +9,8 @@ from torch import nn
 import lipcore
 from lipcore.alarms import Alarms, AlarmStop
 
+pytestmark = pytest.mark.usefixtures("slow_steps")
 AT = 110
-
-
-@pytest.fixture(autouse=True)
-def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step takes longer than numbers wait."""
-    for module in ("lipcore.trajectory.single_steps", "lipcore.monitor.logged"):
-        monkeypatch.setattr(f"{module}.PROMPT", 0.0)
 
 
 def train(device: str, alarms: Alarms, *, log: bool | int, steps: int = AT + 5) -> list[int]:
