@@ -94,14 +94,14 @@ def test_a_rank_that_looks_around_while_the_others_go_on_stops_nobody(monkeypatc
 
 
 def test_who_does_not_come_is_named() -> None:
-    found = together(call(7), lambda meeting: None, call(7), timeout=0.3)
+    found = together(call(7), lambda meeting: None, call(7), timeout=1.0)
     assert found[1] is None
     for number, error in ((10, found[0]), (12, found[2])):
         assert isinstance(error, RuntimeError)
         other = 22 - number
         assert re.match(
-            rf"lipcore: the call at 7: rank {number} has waited 0\.\d+ s for rank 11 \(rank 11 never called it\)"
-            rf"( and|, and rank {other}) gave up( after 0.3 s)?. No collective",
+            rf"lipcore: the call at 7: rank {number} has waited [\d.]+ s for rank 11 \(rank 11 never called it\)"
+            rf"( and|, and rank {other}) gave up( after 1 s)?. No collective",
             str(error),
         ), error
 
