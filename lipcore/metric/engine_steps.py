@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lipcore.capture.parameters import GradientWatch
 from lipcore.capture.pipeline_stages import StageWatch
 from lipcore.capture.taps.tap import Record
+from lipcore.capture.training_pass import in_backward
 from lipcore.metric.clock import Clock
 from lipcore.metric.engine_windows import EngineWindows
 from lipcore.metric.optimizers import scaler_above
@@ -33,6 +34,7 @@ class EngineSteps(EngineWindows):
     _asked_for_scaler: bool
     _steps_here: int  # since this object was made, without those of a loaded state
     _all_counted: bool  # no step has moved the parameters that is not counted, or not yet
+    _stepped_within: bool = False  # an optimizer has stepped in the backward pass under way
 
     # ---- the clock
 
@@ -45,6 +47,7 @@ class EngineSteps(EngineWindows):
         metric.observe_layers(record)
 
     def _step_begins(self) -> None:
+        self._stepped_within |= in_backward() != -1
         if not self._asked_for_scaler:
             self._asked_for_scaler = True
             self._look_for_scaler()
@@ -72,7 +75,9 @@ class EngineSteps(EngineWindows):
     def _after_backward(self) -> None:
         if self._scaled is not None:
             self._scaled.look()
-        self._call(self._wanting["gradients"], lambda metric: metric.observe_gradients())
+        taken, self._stepped_within = self._stepped_within, False
+        wanting = self._wanting["gradients"]
+        self._call(wanting, lambda metric: metric.observe_taken_gradients() if taken else metric.observe_gradients())
 
     def _divided(self) -> None:
         self._call(self._wanting["gradients"], lambda metric: metric.observe_divided_gradients())
@@ -112,7 +117,9 @@ class EngineSteps(EngineWindows):
     # ---- weights that move outside the optimizer's step
 
     def _make_step_end(self, parameters: Callable[[], list[torch.Tensor]]) -> StepEnd:
-        calls = StepEndCalls(self._after_step, self._may_wait, self._became_late, self._moved_without_step)
+        calls = StepEndCalls(
+            *(self._after_step, self._at_step_end, self._may_wait, self._became_late, self._moved_without_step)
+        )
         return StepEnd(parameters, calls, compare=bool(self._optimizers))
 
     def _bound_to_step(self) -> list[str]:

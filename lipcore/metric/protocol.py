@@ -29,6 +29,9 @@ from lipcore.metric.results import MetricResult
 #: How batches of one sample are measured: tapped like others, or read from the parameters' gradients.
 BatchOfOne = Literal["exact", "fast"]
 
+#: Why a metric does not know gradients as backward leaves them, after observe_taken_gradients().
+TAKEN = "optimizers have stepped within the backward pass (in hooks of parameters), and so taken gradients away"
+
 
 @dataclass(frozen=True)
 class PlanLine:
@@ -113,7 +116,7 @@ class Metric(ABC):
             ),
             *("observe_proof", "observe_loss", "observe_batch", "observe_output", "wants_outputs"),
             *("observe_used_gradients", "before_step", "after_step_of", "observe_late_move"),
-            "observe_divided_gradients",
+            *("observe_divided_gradients", "observe_taken_gradients"),
             *("observe_stop", "rank_part", "on_call", "rest", "wake", "rests", "warns_only"),
             *("split_state", "joined_state", "empty_state", "add_states", "continues", "load_ranks"),
         }
@@ -197,6 +200,10 @@ class Metric(ABC):
         """Look at the gradients once more: a pipeline's schedule has divided them, behind the last backward pass of its
         step."""
         self.observe_gradients()
+
+    def observe_taken_gradients(self) -> None:  # noqa: B027
+        """Learn that optimizers have stepped in a backward pass that is over, and so may have taken gradients away:
+        called in the place of observe_gradients()."""
 
     def before_step(self) -> None:  # noqa: B027
         """Look at the parameters right before the optimizer's step."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.metric.distribution import Distribution
+from lipcore.metric.protocol import TAKEN
 from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.noise.noise_sums import NoiseSums
 from lipcore.per_sample.part_rows import PassRows
@@ -115,6 +116,21 @@ class OpenStep:
             rows: list[PassRows] | None = [] if self._in_parts else None
             self._held = self._held or Intake(distributions, self._make_scores(), SampleScores(), rows)
             self._hand_on(self._held)
+
+    def read_gradients(self) -> None:
+        """Read the gradients that have accumulated so far, for the noise scale."""
+        if self.sums is not None and self:
+            self.sums.read_gradients()
+
+    def lose_gradients(self) -> None:
+        """Leave the step out of the noise scale: optimizers have stepped within the backward pass."""
+        if self.sums is not None:
+            self.sums.spoil(f"{TAKEN}; pass noise_scale=False")
+
+    @property
+    def hooked(self) -> bool:
+        """True where steps were left out of the noise scale because parameters have hooks."""
+        return self.sums is not None and self.sums.hooked
 
     def batches(self) -> list[MicroBatch]:
         """Return the micro-batches; none where some are summed up already."""

@@ -339,9 +339,10 @@ class SampleObserver(StandaloneMetric):
                 self._window.doubts.add(reason)
 
     def observe_gradients(self) -> None:
-        step = self._window.open_step
-        if step.sums is not None and step:
-            step.sums.read_gradients()
+        self._window.open_step.read_gradients()
+
+    def observe_taken_gradients(self) -> None:
+        self._window.open_step.lose_gradients()
 
     def step_made(self) -> None:
         self._next.take()  # set for a backward pass that did not come, or that was in a step without records
@@ -351,8 +352,7 @@ class SampleObserver(StandaloneMetric):
         """Count what the backward passes of the optimizer's step brought."""
         window = self._window
         recorded = window.finish_step(self._doubt_of, wanted=window.steps % self._every == 0)
-        sums = window.open_step.sums
-        if recorded and sums is not None and sums.hooked and not self._told_of_hooks:
+        if recorded and window.open_step.hooked and not self._told_of_hooks:
             self._told_of_hooks = True
             self._warn(f"lipcore leaves steps out of the gradient noise scale: {HOOKED}")
         self._heard = self._heard or recorded

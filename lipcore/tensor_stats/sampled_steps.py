@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore.distributed.gradient_parts import gradient_part, why_not_known
-from lipcore.metric.protocol import Needs
+from lipcore.metric.protocol import TAKEN, Needs
 from lipcore.metric.rank_part import FSDP1_PIECES, Holding
 from lipcore.metric.results import MetricResult
 from lipcore.metric.standalone import StandaloneMetric
@@ -164,6 +164,14 @@ class SampledSteps(StandaloneMetric):
             for tensor, place in zip(*tensors, strict=True):  # one at a time: each is a copy
                 self._add([_without_scale(tensor, scale)], [place])
         self._has_gradients = True
+
+    def observe_taken_gradients(self) -> None:
+        """Leave out the gradients of this step: optimizers have stepped in the backward pass."""
+        begin = len(self._found.parameters)
+        for numbers in self._step.parts if self._due else ():
+            numbers.forget(begin, begin + len(self._found.gradients))
+        for place in range(begin, begin + len(self._found.gradients)) if self._due else ():
+            self._note(place, TAKEN)
 
     def _add(self, tensors: Sequence[Tensor], places: Sequence[int]) -> None:
         for place, why in self._step.observe(tensors, places).items():

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lipcore import _core
 from lipcore.distributed.gradient_parts import gradient_part, why_not_known
+from lipcore.metric.protocol import TAKEN
 from lipcore.metric.results import MetricResult
 from lipcore.models.device_index import DeviceIndices
 from lipcore.trajectory.describe import GRADIENTS
@@ -138,9 +139,14 @@ class Gradients:
         """Take the gradients after a backward pass; `scale` is what the loss was multiplied by."""
         if BEFORE in self.trackers:
             self._expected = True
-            # An optimizer inside the backward pass has taken them away by now.
             self._was_told = self._any()
             self._before = self._sums(BEFORE, scale, self._buffers[BEFORE]) if self._was_told else None
+
+    def observe_taken(self) -> None:
+        """Count the step as one whose gradients are not known as backward left them: optimizers have stepped in it."""
+        if BEFORE in self.trackers:
+            self._before, self._was_told = None, True
+            self.unknown.setdefault(BEFORE, TAKEN + "; stats=[..., 'clipped_grad_norm'] reads each as its step uses it")
 
     def observe_used(self, optimizer: Optimizer | None = None) -> None:
         """Take the gradients right before the step of this optimizer; without one, before the step of all of them."""

@@ -49,6 +49,11 @@ class Stepped(Saved):
             scale = self._scaler._scale if self._scaler is not None and self._scaler.is_enabled() else None
             self._built.gradients.observe_before_clipping(1.0 if scale is None else scale)
 
+    def observe_taken_gradients(self) -> None:
+        """Learn that there is no gradient as backward has left it: optimizers have stepped in that pass."""
+        if self._built.gradients and self._due:
+            self._built.gradients.observe_taken()
+
     @property
     def _due(self) -> bool:
         return (self._steps_seen + 1) % self.every_steps == 0

@@ -23,7 +23,7 @@ REFUSED = {
 }
 OTHERS = {
     *("offload_bits", "reduced_by_hand", "destroyed", "sharded_late", "closed_and_merged_again", "gone_back"),
-    *("one_replica_watched", "gathered_when_looked_at"),
+    *("one_replica_watched", "gathered_when_looked_at", "stepped_within"),
 }
 
 
@@ -60,6 +60,13 @@ def test_offloading_and_all_metrics_leave_the_training_as_it_is(found: Found) ->
         answer, *off = numbers["off"]
         assert answer == {"per_sample_grad_norm": "", "lipschitz": ""}
         assert off == [{}, {}]
+
+
+def test_steps_within_the_backward_pass_have_their_own_samples(found: Found) -> None:
+    for numbers in found["stepped_within"]:
+        assert_right(numbers)
+        assert numbers["samples"] == [2 * 3 * 4] * 2
+        assert [re.match("optimizers have stepped within", why) for (why,) in numbers["noise"]].count(None) == 0
 
 
 def test_a_process_group_that_is_gone_makes_no_part_a_whole(found: Found) -> None:

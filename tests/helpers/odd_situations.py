@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import datetime
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -580,6 +581,35 @@ def two_models(rank: int, world: int) -> dict[str, Any]:
     return errors(list(monitor.global_history), truth(made(seed=mine), data_of(halves[mine])))
 
 
+def stepped_within(rank: int, world: int) -> dict[str, Any]:
+    """FSDP2, each parameter stepped by an optimizer of its own as its gradient comes: no clipping, no grad_norm."""
+    trajectory = Trajectory(stats=("update_norm", "path_length", "weight_norm", "clipped_grad_norm"))
+    expected = truth(made(), data_of(range(world)), clips=math.inf)
+    model = fsdp(made())
+    optimizers = {p: torch.optim.SGD([p], lr=0.1, momentum=0.9) for p in model.parameters()}
+
+    def hook(parameter: Any) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in optimizers:
+        parameter.register_post_accumulate_grad_hook(hook)
+    metrics = [trajectory, PerSampleGradNorms(loss_reduction="mean")]
+    with Monitor(model, list(optimizers.values()), metrics, window_steps=WINDOW, timeout=20) as monitor:
+        for x, y in data_of(range(world))[rank]:
+            F.mse_loss(model(x), y).backward()
+            monitor.global_window()
+    read = ("update_norm", "path_length", "weight_norm", "clipped_grad_norm")
+    wanted = [
+        {key: value for key, value in window.items() if key.split("/")[1].startswith(read)} for window in expected
+    ]
+    windows = list(monitor.global_history)
+    return errors(windows, wanted) | {
+        "samples": [int(w["per_sample_grad_norm"].norm["total"].mean.count) for w in windows],
+        "noise": [list(w["per_sample_grad_norm"].details["noise_scale_skipped"]) for w in windows],
+    }
+
+
 def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, ranks and work of each."""
     assert ranks == 4
@@ -587,7 +617,7 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
                  accumulated, checkpointed, compiled, zero_redundancy, zero_by_hand, zero_by_hand_behind,
                  made_before_the_group, one_group_after_another,
                  destroyed, averaged_now_and_then, averaged_with_sketches, reduced_by_hand, sharded_late,
-                 gathered_when_looked_at, closed_and_merged_again, gone_back):  # fmt: skip
+                 gathered_when_looked_at, closed_and_merged_again, gone_back, stepped_within):  # fmt: skip
         yield work.__name__, 2, quiet(work)
     for work in (offload_hsdp, between_in_hsdp, hsdp_samples, two_models, one_replica_watched, shared_by_fewer,
                  samples_where_fewer_share):  # fmt: skip

@@ -86,7 +86,9 @@ def data_of(ranks: Sequence[int], sizes: Mapping[int, int] | None = None) -> lis
 # ---- one process, by definition
 
 
-def truth(model: nn.Module, batches: Sequence[Data], prefix: Mapping[str, str] | None = None) -> list[dict[str, float]]:
+def truth(
+    model: nn.Module, batches: Sequence[Data], prefix: Mapping[str, str] | None = None, clips: float = CLIP
+) -> list[dict[str, float]]:
     """Numbers of every window of a run whose gradient is the mean of the ranks', in float64."""
     names = [(prefix or {}).get(name, name) for name, _ in model.named_parameters()]
     points, grads, clipped = [snapshot(model)], [], []
@@ -97,7 +99,7 @@ def truth(model: nn.Module, batches: Sequence[Data], prefix: Mapping[str, str] |
             x, y = data[step]
             (F.mse_loss(model(x), y) / len(batches)).backward()
         grads.append([p.grad.clone() for p in model.parameters()])
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        nn.utils.clip_grad_norm_(model.parameters(), clips)
         clipped.append([p.grad.clone() for p in model.parameters()])
         optimizer.step()
         points.append(snapshot(model))

@@ -245,7 +245,7 @@ class NoiseSums:
         if self._reduction.unreduced(lambda: self._measured().values()):
             return UNREDUCED
         if self._gradient_sq is None:
-            return NOT_FOUND
+            return self._stray or NOT_FOUND
         return self._wrong or self._stray or (HOOKED if self._hooked else CHANGED if changed else "")
 
     def _count(self, reason: str, skipped: Tensor) -> None:
