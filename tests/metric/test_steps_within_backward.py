@@ -1,5 +1,5 @@
-"""Optimizers that step in hooks of parameters, so that no gradient outlives the backward pass: what is measured is what a
-loop that steps behind it has, but for the gradients themselves, which are left out by name."""
+"""Optimizers that step in hooks of parameters, so that no gradient outlives the backward pass: numbers are those of a
+loop that steps behind it, but for those of the gradients themselves, which are left out by name."""
 
 from __future__ import annotations
 
