@@ -94,9 +94,9 @@ class LightningCallback(Callback):  # type: ignore[misc]
             self.monitor._log({"loss": _returned(trainer, pl_module, loss)}, loss)
 
     def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        """End: take the hooks off, and close the record."""
+        """End: merge the windows of all ranks that wait, take the hooks off, and close the record."""
         if self.monitor is not None:
-            self.monitor.close()
+            self.monitor._conclude()
 
     def on_exception(self, trainer: Any, pl_module: LightningModule, exception: BaseException) -> None:
         """End: the training has."""

@@ -212,16 +212,16 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if "loss" in numbers:  # else it is an evaluation's, or the summary at the end
             with self._ending():
                 self.monitor.log(**numbers)
-        window = self.monitor.history[-1] if self.monitor.history else None
+        window = self.monitor._newest
         if window is not None and window.index != self._shown and state.log_history:
             self._shown = window.index
             state.log_history[-1].update(totals_of(window))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """End: take the hooks off, and close the record."""
+        """End: merge the windows of all ranks that wait, take the hooks off, and close the record."""
         _watching.discard(self)
         if self.monitor is not None:
-            self.monitor.close()
+            self.monitor._conclude()
 
 
 def _is_json(value: Any) -> bool:

@@ -15,7 +15,7 @@ from lipcore.capture.layers.layer_capture import LayerCapture
 from lipcore.distributed.group import AUTO
 from lipcore.metric.protocol import Metric
 from lipcore.metric.rank_part import RankPart
-from lipcore.metric.results import HISTORY_BYTES, MetricResult
+from lipcore.metric.results import HISTORY_BYTES, MetricResult, Window
 from lipcore.models.arguments import check_count
 from lipcore.monitor.alarmed import Alarmed
 from lipcore.monitor.defaults import default_metrics
@@ -271,6 +271,13 @@ class Monitor(Alarmed):
                 "monitor.log() on every rank at the same steps, or pass group=None"
             )
 
+    @property
+    def _newest(self) -> Window | None:
+        """The newest window for who writes numbers on: of all ranks where they are merged, else of this one."""
+        together = self._meets and self._global.partners.find() is not None
+        windows = self.global_history if together else self.history
+        return windows[-1] if windows else None
+
     def _results_at_close(self) -> dict[str, MetricResult]:
         """Measure the fixed points, and read what was logged."""
         logged = self._logged.result(self._windows.begin + 1, self._windows.step)
@@ -337,9 +344,18 @@ class Monitor(Alarmed):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self._tell(lambda listener: listener.interrupted(self._windows.step, error))
+        if error is None:
+            self._conclude()
+            return
+        self._tell(lambda listener: listener.interrupted(self._windows.step, error))
         super().__exit__(kind, error, trace)
+
+    def _conclude(self) -> None:
+        """Close at the end of a training that nothing has broken off, which all ranks come to: windows that have closed
+        since the last call of log() are merged as in one, where log() has been called at all."""
+        if self._meets and self._global.waiting and self._global.partners.find() is not None and not self._closed:
+            self._meet()
+        self.close()
 
     def __repr__(self) -> str:
         return shown(self).text()

@@ -457,22 +457,16 @@ def pipeline(rank: int, world: int, prefixes: Sequence[str] = ("stages.0", "stag
     """Two stages as a schedule runs them, without clipping, which stages would have to do together."""
     stage, twin = stage_of(made(), rank), made()
     of_stage = {f"{name}.{kind}": f"{at}.{kind}" for name, at in STAGES.items() for kind in ("weight", "bias")}
-    global CLIP
-    before, CLIP = CLIP, math.inf
-    try:
-        expected = truth(twin, data_of([0]), of_stage)
-        data = data_of([0])[0]
-        optimizer, monitor = monitored(stage, prefix=prefixes[rank])
-        found = []
-        with monitor:
-            for x, y in data:
-                optimizer.zero_grad()
-                run_stage(stage, rank, x, y)
-                optimizer.step()
-                if (window := monitor.global_window()) is not None:
-                    found.append(window)
-    finally:
-        CLIP = before
+    expected = truth(twin, data_of([0]), of_stage, clips=math.inf)
+    optimizer, monitor = monitored(stage, prefix=prefixes[rank])
+    found = []
+    with monitor:
+        for x, y in data_of([0])[0]:
+            optimizer.zero_grad()
+            run_stage(stage, rank, x, y)
+            optimizer.step()
+            if (window := monitor.global_window()) is not None:
+                found.append(window)
     return errors(found, expected)
 
 
