@@ -41,10 +41,10 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Callback of transformers' Trainer that watches and records its training:
     ``Trainer(..., callbacks=[lipcore.integrations.HFCallback(run="runs/a")])``.
 
-    The totals of each window, of all ranks, stand in the Trainer's own log too (``trainer.state.log_history``), and what the Trainer
-    logs, its loss and learning rate, in the record. lipcore's state lies in each checkpoint, as ``lipcore-rank0.pt``,
-    before the Trainer has written that checkpoint's ``trainer_state.json``; ``train(resume_from_checkpoint=...)`` goes
-    on from it, and the record rewinds with it.
+    The totals of each window, of all ranks, stand in the Trainer's own log too (``trainer.state.log_history``), and
+    what the Trainer logs, its loss and learning rate, in the record. lipcore's state lies in each checkpoint, as
+    ``lipcore-rank0.pt``, before the Trainer has written that checkpoint's ``trainer_state.json``;
+    ``train(resume_from_checkpoint=...)`` goes on from it, and the record rewinds with it.
 
     Alarms with ``stop=True`` end the training by their ``AlarmStop``, at the end of the step in which they are known;
     on several ranks at the Trainer's next log. The record is closed then. The Trainer tells no callback
