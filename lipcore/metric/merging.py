@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,12 +13,11 @@ from lipcore.distributed.contribution import Contribution, contribute, words_of
 from lipcore.distributed.group import Group
 from lipcore.distributed.meeting import Header
 from lipcore.distributed.ownership import Ownership
-from lipcore.distributed.packed import gathered
 from lipcore.distributed.partners import Partners
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import MetricResult
 
-_VERSION = 3
+_VERSION = 4
 _LOST = (
     "its numbers of this window could not be merged, since making them raised an error ({0}); each rank's own are in "
     "pop_window() and history"
@@ -95,15 +96,14 @@ def merge(
     """
     newest, holdings = offers[-1], _holdings(offers)
     turn_to(group, offers)
-    unknown = {name: holding.text() for name, holding in holdings.items() if holding.ownership is None}
-    rooms = {name: holding.room for name, holding in holdings.items()}
+    unknown = sorted(name for name, holding in holdings.items() if holding.ownership is None)
     header: Header = {"version": _VERSION, "windows": [offer.header() for offer in offers]}
-    header |= {"call": what.partition(" ")[0], "unknown": sorted(unknown), "rooms": rooms}
+    header |= {"call": what.partition(" ")[0], "unknown": unknown, "held": sorted(holdings)}
     header |= {"withdrawn": [list(each) for each in withdrawn], "said": said}
     what = f"{what} over steps {newest.first_step} to {newest.last_step}"
     headers = partners.meet(group, what, step, header)
     _check_same(what, headers, group)
-    _find_owners(headers, holdings, unknown, group)
+    _find_owners(headers, holdings, lambda header: partners.meet(group, f"{what}: who holds what", step, header), group)
     chosen = [(offer, *_shared(offer, found, group)) for offer in offers if (found := _of_all(offer, headers))]
     contribute([each for _, shared, _ in chosen for each in shared.values()], group)
     merged = [_merged(*each) for each in chosen]
@@ -128,21 +128,20 @@ def _merged(offer: Offer, shared: Mapping[str, Contribution], left_out: dict[str
 
 
 def _find_owners(
-    headers: Sequence[Header], holdings: Mapping[str, Holding], unknown: Mapping[str, str], group: Group
+    headers: Sequence[Header], holdings: Mapping[str, Holding], meet: Callable[[Header], list[Header]], group: Group
 ) -> None:
-    """Find who counts what where a rank does not know that yet: one collective for all metrics."""
+    """Find who counts what where a rank does not know that yet. The ranks tell each other in the store, in which many
+    of them have the same to say: it is read once by each, and no collective is needed."""
     asked = sorted({name for other in headers for name in other["unknown"]})
-    asked = [name for name in asked if all(name in other["rooms"] for other in headers)]
+    asked = [name for name in asked if all(name in other["held"] for other in headers)]
     if not asked:
         return
-    own = {name: unknown.get(name) or holdings[name].text() for name in asked}
-    room = sum(max(other["rooms"][name] for other in headers) + 2 * len(name) + 16 for name in asked)
-    texts = gathered("{" + ", ".join(f"{json.dumps(name)}: {text}" for name, text in own.items()) + "}", room, group)
-    found = [json.loads(each) for each in texts]
+    words = json.dumps({name: holdings[name].described() for name in asked}).encode()
+    found = [other["holds"] for other in meet({"holds": base64.b85encode(zlib.compress(words)).decode()})]
+    known = {text: json.loads(zlib.decompress(base64.b85decode(text))) for text in set(found)}
     for name in asked:
-        # So that later headers are the same on all ranks, which then need not read each other's.
-        holdings[name].room = max(other["rooms"][name] for other in headers)
-        holdings[name].ownership = Ownership.of([each[name] for each in found], group.ranks, group.place)
+        descriptions = [known[text][name] for text in found]
+        holdings[name].ownership = Ownership.of(descriptions, group.ranks, group.place)
 
 
 def turn_to(group: Group, offers: Iterable[Offer]) -> None:
