@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lipcore.distributed.contribution import Contribution, contribute, words_of
+from lipcore.distributed.agreed import Agreed, words_of
+from lipcore.distributed.contribution import Contribution, contribute
 from lipcore.distributed.group import Group
 from lipcore.distributed.meeting import Header
 from lipcore.distributed.ownership import Ownership
@@ -18,6 +19,7 @@ from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import MetricResult
 
 _VERSION = 4
+Part = Callable[[], RankPart | str]
 _LOST = (
     "its numbers of this window could not be merged, since making them raised an error ({0}); each rank's own are in "
     "pop_window() and history"
@@ -101,11 +103,11 @@ def merge(
     header |= {"call": what.partition(" ")[0], "unknown": unknown, "held": sorted(holdings)}
     header |= {"withdrawn": [list(each) for each in withdrawn], "said": said}
     what = f"{what} over steps {newest.first_step} to {newest.last_step}"
-    headers = partners.meet(group, what, step, header)
+    agreed, headers = Agreed(partners, group, what, step), partners.meet(group, what, step, header)
     _check_same(what, headers, group)
-    _find_owners(headers, holdings, lambda header: partners.meet(group, f"{what}: who holds what", step, header), group)
+    _find_owners(headers, holdings, agreed)
     chosen = [(offer, *_shared(offer, found, group)) for offer in offers if (found := _of_all(offer, headers))]
-    contribute([each for _, shared, _ in chosen for each in shared.values()], group)
+    contribute([each for _, shared, _ in chosen for each in shared.values()], agreed)
     merged = [_merged(*each) for each in chosen]
     taken_back = dict.fromkeys(Withdrawn(*each) for other in headers for each in other["withdrawn"])
     return merged, list(taken_back), [other["said"] for other in headers]
@@ -115,7 +117,7 @@ def _merged(offer: Offer, shared: Mapping[str, Contribution], left_out: dict[str
     results: dict[str, MetricResult] = {}
     for name, contribution in shared.items():
         if contribution.lost:
-            left_out[name] = _LOST.format("; ".join(f"rank {rank}: {why}" for rank, why in contribution.why.items()))
+            left_out[name] = _LOST.format(contribution.words)
             continue
         try:
             if (result := offer.parts[name].result(contribution.together)) is not None:
@@ -127,9 +129,7 @@ def _merged(offer: Offer, shared: Mapping[str, Contribution], left_out: dict[str
     return Merged(offer, results, left_out)
 
 
-def _find_owners(
-    headers: Sequence[Header], holdings: Mapping[str, Holding], meet: Callable[[Header], list[Header]], group: Group
-) -> None:
+def _find_owners(headers: Sequence[Header], holdings: Mapping[str, Holding], agreed: Agreed) -> None:
     """Find who counts what where a rank does not know that yet. The ranks tell each other in the store, in which many
     of them have the same to say: it is read once by each, and no collective is needed."""
     asked = sorted({name for other in headers for name in other["unknown"]})
@@ -137,11 +137,20 @@ def _find_owners(
     if not asked:
         return
     words = json.dumps({name: holdings[name].described() for name in asked}).encode()
-    found = [other["holds"] for other in meet({"holds": base64.b85encode(zlib.compress(words)).decode()})]
-    known = {text: json.loads(zlib.decompress(base64.b85decode(text))) for text in set(found)}
-    for name in asked:
-        descriptions = [known[text][name] for text in found]
-        holdings[name].ownership = Ownership.of(descriptions, group.ranks, group.place)
+    mine = {"holds": base64.b85encode(zlib.compress(words)).decode()}
+    found = [other["holds"] for other in agreed.say("who holds what", mine)]
+    try:
+        known = {text: json.loads(zlib.decompress(base64.b85decode(text))) for text in set(found)}
+        for name in asked:
+            descriptions = [known[text][name] for text in found]
+            holdings[name].ownership = Ownership.of(descriptions, agreed.group.ranks, agreed.group.place)
+    except Exception as error:  # all ranks find alike what does not fit; memory may be full on one alone
+        agreed.say("who counts what", {"error": words_of(error)})
+        raise
+    said = zip(agreed.group.ranks, agreed.say("who counts what", {"error": ""}), strict=True)
+    for rank, other in said:
+        if other["error"]:
+            raise RuntimeError(f"lipcore: {agreed.what}: on rank {rank}: {other['error']}. No collective was started")
 
 
 def turn_to(group: Group, offers: Iterable[Offer]) -> None:
@@ -150,17 +159,28 @@ def turn_to(group: Group, offers: Iterable[Offer]) -> None:
         part.turn_to(group.ranks)
 
 
+def part_or_why(make: Part) -> RankPart | str:
+    """Return a part of this rank; where that raises, the words that the other ranks are told: they wait for some."""
+    try:
+        return make()
+    except ValueError as error:  # with words for users
+        return str(error)
+    except Exception as error:
+        return words_of(error)
+
+
 def merge_open(
-    partners: Partners, group: Group, what: str, step: int, steps: tuple[int, int], part: RankPart | str, name: str
+    partners: Partners, group: Group, what: str, step: int, steps: tuple[int, int], part: Part, name: str
 ) -> MetricResult:
     """Return one metric's open window of all ranks; as :func:`merge`, and ValueError where there is nothing to add.
 
     Args:
         steps: the window's first and last.
-        part: of this rank.
+        part: makes that of this rank.
         name: of the metric.
     """
-    offer = Offer(*steps, *(({}, {name: part}) if isinstance(part, str) else ({name: part}, {})))
+    found = part_or_why(part)
+    offer = Offer(*steps, *(({}, {name: found}) if isinstance(found, str) else ({name: found}, {})))
     ((merged,), _, _) = merge(partners, group, what, step, [offer])
     if merged.left_out:
         raise ValueError(merged.left_out[name])

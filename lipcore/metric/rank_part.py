@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from lipcore.distributed.contribution import Sizes, words_of
+from lipcore.distributed.agreed import words_of
+from lipcore.distributed.contribution import Sizes
 from lipcore.distributed.ownership import Description, Ownership, describe
 from lipcore.distributed.packed import Packed, Together
 from lipcore.distributed.partial_sums import Partial

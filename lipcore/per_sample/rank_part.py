@@ -97,7 +97,7 @@ class PerSamplePart(RankPart):
         """Reasons on this rank, and how far it knows the noise scale's averages."""
         reasons: dict[str, Any] = {name: sorted(self.details[name]) for name in COUNTS}
         if self.parts is not None:
-            reasons["in_parts"] = [list(self.parts.ranks), *bits_of(self.rows), self.rows_off]
+            reasons["in_parts"] = [list(self.parts.ranks), *bits_of(self.rows), self.rows_off, self._waiting]
         noise: dict[str, Any] = {"off": self.noise_off, "averaged": list(self.averaged)}
         if self.noise is not None:
             noise |= {"steps": self.noise.steps, **self.noise.told}
@@ -123,7 +123,7 @@ class PerSamplePart(RankPart):
         if self.parts is None:
             return ""
         told = {rank: each["in_parts"] for rank, each in self._told.items()}
-        for rank, (ranks, count, bits, off) in told.items():
+        for rank, (ranks, count, bits, off, _) in told.items():
             if off:
                 return str(off)
             for other in ranks:
@@ -132,6 +132,11 @@ class PerSamplePart(RankPart):
                 if told[other][1:3] != [count, bits]:
                     return _OTHER_SAMPLES.format(_shown(ranks), rank, count, other, told[other][1])
         return ""
+
+    @property
+    def _waiting(self) -> int:
+        """Number of numbers that are to be added up."""
+        return 0 if self.parts is None else sum(rows.numbers for rows in self.rows if not rows.whole)
 
     def partials(self) -> list[Partial]:
         """Return the squares that are to be added up."""
@@ -196,12 +201,12 @@ class PerSamplePart(RankPart):
         places = (len(self._all_layers) + 1) * self.columns
         steps, of_noise = (0, 0) if noise is None else (noise.steps, noise.steps * noise.columns)
         counts = 1 + sum(len(reasons) for reasons in self.heard.values())
-        waiting = [] if parts is None else [rows.numbers for rows in self.rows if not rows.whole]
         return Sizes(
             SUMS * places + steps + (parts is not None),
             lambda most: counts + SUMS * places + bins_of(most[0]) + of_noise,
-            sum(waiting),
+            self._waiting,
             None if parts is None else parts.handle,
+            max((each["in_parts"][4] for each in self._told.values()), default=0) if parts is not None else 0,
         )
 
     def packed(self) -> Packed:

@@ -6,14 +6,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from agreed_situations import situations
+from agreed_situations import WAYS, situations
 from rank_runs import Found, run_situations
 
 pytestmark = pytest.mark.ci  # two and four processes
+NAMES = [f"{of.__name__}.{call}.{how}" for of, call, how in WAYS]
 
 
 def test_every_situation_is_in_the_table() -> None:
-    assert [name for name, *_ in situations(2)] == ["counted", "layouts"]
+    assert [name for name, *_ in situations(2)] == ["counted", "layouts", *NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +36,13 @@ def test_ranks_say_alike_where_parts_lie(runs: dict[int, Found], ranks: int) -> 
         # Bits of replicas are compared, so each place has words of its own.
         assert found["hsdp"]["different"] == ranks // 2
         assert found["both"]["different"] == ranks
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_error_of_one_rank_leaves_no_other_in_a_collective(runs: dict[int, Found], name: str) -> None:
+    for found in runs[2][name]:
+        assert isinstance(found, dict), found
+        assert "MemoryError: none left" in found["said"]
+        assert found["training"] == [True, True]
+        assert found["then"]
+    assert "rank 1" in runs[2][name][0]["said"]
