@@ -156,6 +156,8 @@ def _meet(parts: PartRanks, what: str, step: int, timeout: float, samples: list[
     has. Where ranks differ, each of them sees one that is not as itself."""
     if parts.handle is None:
         raise RuntimeError(_COPY.format(what))
+    if parts.gone:
+        raise ValueError(parts.gone)
     partners = Partners(parts.handle, timeout)
     group = partners.find()
     assert group is not None

@@ -97,7 +97,8 @@ class PerSamplePart(RankPart):
         """Reasons on this rank, and how far it knows the noise scale's averages."""
         reasons: dict[str, Any] = {name: sorted(self.details[name]) for name in COUNTS}
         if self.parts is not None:
-            reasons["in_parts"] = [list(self.parts.ranks), *bits_of(self.rows), self.rows_off, self._waiting]
+            off = self.rows_off or self.parts.gone
+            reasons["in_parts"] = [list(self.parts.ranks), *bits_of(self.rows), off, self._waiting]
         noise: dict[str, Any] = {"off": self.noise_off, "averaged": list(self.averaged)}
         if self.noise is not None:
             noise |= {"steps": self.noise.steps, **self.noise.told}
