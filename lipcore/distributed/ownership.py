@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lipcore.distributed.layouts import Layout, Place, is_alone, layout_of, place_of
+from lipcore.models.bits import bits_of
 from lipcore.models.dtensors import local_of
 from lipcore.models.torch_internals import shard_of
 
@@ -76,15 +76,6 @@ def describe(
     if kept is not None:
         out["kept"] = [int(name in kept) for name in out["names"]]
     return out
-
-
-def bits_of(tensor: Tensor) -> Tensor:
-    """Return the sum of the elements as integers: the same for the same bits, in whatever order they are added."""
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size())
-    if integer is None or tensor.is_complex():
-        tensor, integer = torch.view_as_real(tensor).contiguous(), torch.int64
-        return tensor.double().view(torch.int64).sum()
-    return tensor.contiguous().view(integer).sum(dtype=torch.int64)
 
 
 class Ownership:
