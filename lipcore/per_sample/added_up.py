@@ -16,9 +16,8 @@ from lipcore.distributed.packed import Packed
 from lipcore.distributed.partial_sums import Partial
 from lipcore.distributed.partners import Partners
 from lipcore.models.tensor_parallel import PartRanks
-from lipcore.per_sample.part_rows import PartRows, PassRows, bits_of, unlike_row
+from lipcore.per_sample.part_rows import PartRows, PassRows, bits_of, unlike_row, why_unlike
 from lipcore.per_sample.pass_norms import PassNorms
-from lipcore.per_sample.rank_part import UNLIKE
 
 #: Why the last pass's norms cannot be read.
 ASK = (
@@ -55,7 +54,7 @@ def whole_norms(norms: PassNorms, what: str, step: int, timeout: float) -> PassN
     """
     parts = norms.parts
     assert parts is not None
-    names = zlib.crc32(repr((norms.names, norms.record.broken)).encode())
+    names = zlib.crc32(repr((norms.names, list(norms.inputs), norms.record.broken)).encode())
     agreed, differ = _meet(parts, what, step, timeout, [norms.samples, names])
     if differ:
         alike = differ[2] == differ[4]  # samples, on this rank and on the other
@@ -65,7 +64,7 @@ def whole_norms(norms: PassNorms, what: str, step: int, timeout: float) -> PassN
     last = _LastPass(norms, parts)
     unlike = _brought_together(last, agreed)
     if unlike[0]:
-        raise ValueError(f"{what}: {UNLIKE.format(norms.layer_index.layer_of[last.alike[unlike[0] - 1]])}")
+        raise ValueError(f"{what}: {why_unlike(last.alike[unlike[0] - 1])}")
     result = copy.copy(norms)
     result.__dict__.pop("squares", None)
     result.rows, result.parts = last.whole.to(norms.rows.device), None
@@ -86,37 +85,40 @@ def add_up_waiting(rows: PartRows, what: str, step: int, timeout: float) -> None
     for each, layer in zip(waiting, unlike, strict=True):  # near the bound one rank may find it so and another not
         each.unlike = each.layers[layer - 1] if layer else ""
     if named := next((each.unlike for each in waiting if each.unlike), ""):
-        raise ValueError(f"{what}: {UNLIKE.format(named)}")
+        raise ValueError(f"{what}: {why_unlike(named)}")
 
 
 class _LastPass:
     """The squares of a backward pass, as :class:`Contribution` asks for them.
 
     Attributes:
-        alike: parameters that all ranks hold alike.
+        alike: the layers of what all ranks hold alike, and whose inputs are.
         whole: squares of whole gradients, once they are added up; this rank's before.
     """
 
     def __init__(self, norms: PassNorms, parts: PartRanks) -> None:
-        self.alike = [name for name in norms.names if name not in parts.cuts]
+        self._held = [i for i, name in enumerate(norms.names) if name not in parts.cuts]
+        self.alike = [*(norms.layer_index.layer_of[norms.names[i]] for i in self._held), *norms.inputs]
         self.whole = norms.rows
         self._norms, self._parts, self._unlike = norms, parts, -1
 
     def sizes(self) -> Sizes:
-        count = 2 * len(self._norms.names) * self._norms.samples
+        count = (2 * len(self._norms.names) + len(self._norms.inputs)) * self._norms.samples
         return Sizes(1, lambda _: 0, count, self._parts.handle, count)
 
     def partials(self) -> list[Partial]:
         norms, parts = self._norms, self._parts
         mine = torch.tensor([parts.counts or name in parts.cuts for name in norms.names], device="cpu")
         rows = norms.rows.cpu()
-        both = torch.cat([rows.masked_fill(~mine.unsqueeze(1), 0), rows])
-        return [Partial(both, parts.handle, lambda total, _: self._take(total, rows))]
+        alike = torch.cat([rows, *(row.cpu().unsqueeze(0) for row in norms.inputs.values())])
+        both = torch.cat([rows.masked_fill(~mine.unsqueeze(1), 0), alike])
+        return [Partial(both, parts.handle, lambda total, _: self._take(total, alike))]
 
-    def _take(self, total: Tensor, rows: Tensor) -> None:
-        whole, every = total.split(len(rows))
-        held = [self._norms.names.index(name) for name in self.alike]
-        self._unlike = unlike_row(every[held], rows[held], len(self._parts.ranks))
+    def _take(self, total: Tensor, alike: Tensor) -> None:
+        count = len(self._norms.names)
+        whole, every = total[:count], total[count:]
+        held = [*self._held, *range(count, len(alike))]
+        self._unlike = unlike_row(every[held], alike[held], len(self._parts.ranks))
         self.whole = whole.clone()
 
     def packed(self) -> Packed:

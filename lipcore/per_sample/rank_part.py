@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipcore.capture.layers.compared_inputs import INPUT
 from lipcore.distributed.contribution import Sizes
 from lipcore.distributed.packed import Packed, Together
 from lipcore.distributed.partial_sums import Partial
@@ -19,7 +20,7 @@ from lipcore.metric.results import MetricResult
 from lipcore.models.names import with_prefix
 from lipcore.models.tensor_parallel import PartRanks
 from lipcore.per_sample.noise.rank_noise import RankNoise
-from lipcore.per_sample.part_rows import PassRows, bits_of, observe_whole
+from lipcore.per_sample.part_rows import PassRows, bits_of, observe_whole, why_unlike
 from lipcore.per_sample.results import add_noise, add_norms
 
 _ROUNDING = 1e-6  # of shares of whole numbers
@@ -36,11 +37,6 @@ _OTHER_STEPS = (
 STAGES = "ranks hold other layers (stages of a pipeline), and no rank knows the gradient of a whole sample"
 
 
-#: Why samples' norms are not added up.
-UNLIKE = (
-    "ranks that hold layer '{0}' alike got other gradients of the same samples there (each has seen a part of them, or "
-    "of their positions or features), so that the gradient of a sample is a sum over ranks, and squares do not add up"
-)
 _OTHER_SAMPLES = (
     "ranks {0} hold parts of the parameters (tensor parallelism) and have recorded other samples (rank {1}: {2} "
     "micro-batches that wait, rank {3}: {4}, or other sizes or ids), so that the squares of one sample cannot be added "
@@ -163,6 +159,10 @@ class PerSamplePart(RankPart):
         return list(dict.fromkeys(owners.groups))
 
     @property
+    def _what_is_alike(self) -> list[str]:
+        return [*self._all_layers, *(INPUT + layer for layer in self._all_layers)]
+
+    @property
     def _on_all_ranks(self) -> bool:
         """True where every rank has all layers."""
         owners = self.holding.ownership
@@ -223,7 +223,9 @@ class PerSamplePart(RankPart):
             largest.append(self._noise.largest())
         if self.parts is not None:
             unlike = next((rows.unlike for rows in self.rows if rows.unlike), "")
-            number = 1 + self._all_layers.index(with_prefix(self.prefix, unlike)) if unlike else 0
+            kind = INPUT if unlike.startswith(INPUT) else ""
+            named = kind + with_prefix(self.prefix, unlike[len(kind) :])
+            number = 1 + self._what_is_alike.index(named) if unlike else 0
             largest.append(torch.tensor([float(number)], dtype=torch.float64, device="cpu"))
         found = [float(self.details[name].get(why, 0)) for name in COUNTS for why in self.heard[name]]
         # Of ranks with the same samples, each counts a share.
@@ -246,10 +248,10 @@ class PerSamplePart(RankPart):
                 result.details[name] = found
         result.details["proved"] = not self.heard["not_proved"]
         if self.parts is not None and (number := int(together.largest[-1][0])):
-            why = UNLIKE.format(self._all_layers[number - 1])
+            why = why_unlike(self._what_is_alike[number - 1])
             result.details["norms_off"] = result.details["noise_scale_off"] = why
             for rows in self.rows:  # on each of the ranks, whichever has noticed it
-                rows.unlike = rows.unlike or self._all_layers[number - 1]
+                rows.unlike = rows.unlike or self._what_is_alike[number - 1]
             return result
         distributions = distributions_of(together.largest[0], sums[:2])
         total = self.total
