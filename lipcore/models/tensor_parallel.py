@@ -50,7 +50,7 @@ class PartRanks:
 
     @property
     def gone(self) -> str:
-        """Why the ranks cannot add up what they have; "" where their process group is there."""
+        """Reason why the ranks cannot add up what they have; "" where their process group is there."""
         return "" if ranks_of(self.handle) else f"model: {MESH_GONE}"
 
     @property

@@ -142,7 +142,7 @@ class PassNorms:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """What ranks that hold parts compare of the samples that they were given, by the layer that saw it."""
+        """Numbers of the samples that ranks which hold parts were given, and compare; by the layer that saw them."""
         found = self.record.norms_sq
         names = [name for name in found if name.startswith(INPUT)] if self.parts is not None else []
         return {INPUT + self.layer_index.layer_of[name[len(INPUT) :]]: found[name] for name in names}

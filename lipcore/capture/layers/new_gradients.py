@@ -49,7 +49,7 @@ class Gradients:
 
 
 class _Mark(NamedTuple):
-    """What differs for another gradient."""
+    """Numbers that differ for another gradient."""
 
     number: int
     version: int
