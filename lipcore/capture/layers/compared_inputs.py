@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lipcore.capture.layers.coverage import ParameterCoverage
 from lipcore.capture.layers.placed_call import cut_of
@@ -17,11 +17,12 @@ INPUT = "input/"  #: before the name of the layer, as a row's name
 
 
 def compared_parameter(coverage: ParameterCoverage, parts: PartRanks) -> str:
-    """Return the name of the first weight that is cut along its outputs, whose layer has the whole input on each of the
-    ranks; "" for none."""
-    for _, _, rule, names in coverage.tapped:
+    """Return the name of the first weight of a Linear layer that is cut along its outputs, so that each of the ranks
+    has the whole input; "" for none."""
+    for _, module, rule, names in coverage.tapped:
         cut, name = cut_of(rule, names, parts), names.get("weight", "")
-        if cut.output is not None and cut.input is None and name in parts.cuts:
+        # Of layers of other types the factor may have the output's gradient in the place of the input.
+        if isinstance(module, nn.Linear) and cut.output is not None and cut.input is None and name in parts.cuts:
             return name
     return ""
 
