@@ -3,20 +3,18 @@ stayed away would leave the others in a collective, with which the training's ne
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lipcore.distributed.group import Group
-from lipcore.distributed.packed import Packed, Together, gathered
-from lipcore.distributed.partial_sums import Partial, add_up
+from lipcore.distributed.agreed import Agreed, words_of
+from lipcore.distributed.packed import Packed, Together
+from lipcore.distributed.partial_sums import Partial
 
-_MOST_WORDS = 240  # characters of an error that other ranks are told
-_ROOM = 1024  # bytes for each
+_NOTHING = torch.zeros(0, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -26,14 +24,16 @@ class Sizes:
     Attributes:
         largest: of :attr:`Packed.largest`.
         sums: of :attr:`Packed.sums`; gets the maxima over all ranks.
-        partial: of the partials that ranks which hold parts of the same add up.
+        partial: of the partials that ranks which hold parts of the same add up: the same on these.
         handle: the process group of these ranks.
+        most_partial: the largest `partial` of all ranks.
     """
 
     largest: int
     sums: Callable[[list[Tensor]], int]
     partial: int = 0
     handle: Any = None
+    most_partial: int = 0
 
 
 class Contributor(Protocol):
@@ -47,13 +47,15 @@ class Contributor(Protocol):
 
 
 class Contribution:
-    """A part's numbers on their way through the collectives.
+    """A part's numbers on their way through the collectives. In the memory of each they stand behind a flag, which says
+    whether this rank has raised for the part; what becomes of them later has its memory before the flag is set.
 
     Args:
         part: that they come from.
         error: what this rank has raised for it before.
 
     Attributes:
+        sizes: of its numbers.
         error: what this rank has raised for it; "" for nothing.
         lost: some rank has raised for it, as all of them know.
         why: by rank, once the ranks have told each other.
@@ -62,9 +64,12 @@ class Contribution:
     def __init__(self, part: Contributor, error: str = "") -> None:
         self.error, self.lost = error, False
         self.why: dict[int, str] = {}
-        self._part, self._packed = part, Packed([], [])
+        self._part = part
+        self._packed: Packed | None = None
+        self._partials: Sequence[Partial] = ()
+        self._own = self._found = _NOTHING
         self._left_alone = False  # its partials were not added up, for what another rank has raised
-        self._sizes = self._tried(part.sizes) or Sizes(0, lambda _: 0)
+        self.sizes = self._tried(part.sizes) or Sizes(0, lambda _: 0)
 
     def _tried(self, make: Callable[[], Any]) -> Any:
         """Return what is made; None, and keep the error, where that raises."""
@@ -74,129 +79,169 @@ class Contribution:
             self.error = self.error or words_of(error)
             return None
 
-    def _flat(self, make: Callable[[], Sequence[Tensor]], size: int, nothing: float) -> Tensor:
-        """Return so many numbers, those that are made where they can be."""
+    def _fill(self, into: Tensor, make: Callable[[], Sequence[Tensor]], nothing: float) -> None:
+        """Write the numbers that are made where they can be, and the flag before them."""
+
+        def write() -> None:
+            self._own = _joined(make())
+            if len(self._own) != len(into) - 1:
+                self.error = f"it has {len(self._own)} numbers, {len(into) - 1} are expected"
+                return
+            self._found = torch.empty_like(self._own)
+            into[1:].copy_(self._own)
+
         if not (self.error or self._left_alone):
-            tensors = self._tried(make)
-            flat: Tensor | None = None if tensors is None else self._tried(lambda: _joined(tensors))
-            if flat is not None and len(flat) == size:
-                return flat
-            self.error = self.error or f"it has {0 if flat is None else len(flat)} numbers, {size} are expected"
-        return torch.full((size,), nothing, dtype=torch.float64, device="cpu")
+            self._tried(write)
+        if self.error or self._left_alone:
+            into[1:].fill_(nothing)
+        into[0] = float(bool(self.error))
 
-    @property
-    def handle(self) -> Any:
-        """Process group of the ranks that add up its partials; None where there are none."""
-        return self._sizes.handle if self._sizes.partial else None
+    def _taken(self, numbers: Tensor) -> Tensor:
+        """Return what came of the numbers, in memory that was there before."""
+        return self._found.copy_(numbers[1:])
 
-    def partial(self) -> list[Partial]:
-        """Return its partials as one, behind a number that says whether this rank has raised."""
-        found: list[Partial] = []
+    # ---- of the ranks that hold parts of the same
+
+    def fill_partials(self, into: Tensor) -> None:
+        """Write its partials."""
 
         def make() -> list[Tensor]:
-            found.extend(self._part.partials())
-            return [partial.number for partial in found]
+            self._partials = self._part.partials()
+            return [partial.number for partial in self._partials]
 
-        size = self._sizes.partial
-        numbers = self._flat(make, size, 0.0)
-        flag = numbers.new_tensor([float(bool(self.error))])
+        self._fill(into, make, 0.0)
 
-        def take(total: Tensor, own: Tensor) -> None:
-            self._left_alone = bool(total[0])
-            if not (self.error or self._left_alone):
-                self._tried(lambda: _hand_out(found, total[1:], own[1:]))
+    def take_partials(self, total: Tensor) -> None:
+        """Take the sums of what :meth:`fill_partials` has written."""
+        self._left_alone = bool(total[0])
+        if not (self.error or self._left_alone):
+            self._tried(lambda: _hand_out(self._partials, self._taken(total), self._own))
 
-        return [Partial(torch.cat([flag, numbers]), self.handle, take)]
+    # ---- of all ranks
 
-    def largest(self) -> Tensor:
-        """Return whether this rank has raised, and the numbers of which the maxima are wanted."""
+    def fill_largest(self, into: Tensor) -> None:
+        """Write the numbers of which the maxima are wanted."""
 
-        def make() -> list[Tensor]:
-            self._packed = self._part.packed()
-            return self._packed.largest
-
-        flat = self._flat(make, self._sizes.largest, -torch.inf)
-        return torch.cat([flat.new_tensor([float(bool(self.error))]), flat])
+        self._fill(into, lambda: self._made().largest, -torch.inf)
 
     def take_largest(self, numbers: Tensor) -> None:
-        """Take the maxima over all ranks of what :meth:`largest` returns."""
+        """Take the maxima over all ranks of what :meth:`fill_largest` has written."""
         self.lost = bool(numbers[0])
         if not self.lost:
-            self._packed.largest = _apart(numbers[1:], self._packed.largest)
+            packed = self._made()
+            packed.largest = _apart(self._taken(numbers), packed.largest)
 
-    def sums(self) -> Tensor:
-        """Return whether this rank has raised, and the numbers that are added up; nothing where all know that it is
-        lost."""
-        if self.lost:
-            return torch.zeros(0, dtype=torch.float64, device="cpu")
-        made, most = self._packed.sums, self._packed.largest
-        size = self._tried(lambda: self._sizes.sums(most)) or 0
-        if callable(made):
-            flat = self._flat(lambda: self._made(made, most), size, 0.0)
-        else:
-            flat = self._flat(lambda: made, size, 0.0)
-        return torch.cat([flat.new_tensor([float(bool(self.error))]), flat])
+    def _made(self) -> Packed:
+        """Return what the part adds."""
+        if self._packed is None:
+            self._packed = self._part.packed()
+        return self._packed
 
-    def _made(self, make: Callable[[list[Tensor]], list[Tensor]], most: list[Tensor]) -> list[Tensor]:
-        self._packed.sums = make(most)
-        return self._packed.sums
+    @property
+    def number_of_sums(self) -> int:
+        """How many numbers are added up; none where all know that it is lost."""
+        largest = [] if self._packed is None else self._packed.largest
+        return 0 if self.lost else self._tried(lambda: self.sizes.sums(largest)) or 0
+
+    def fill_sums(self, into: Tensor) -> None:
+        """Write the numbers that are added up."""
+
+        def make() -> list[Tensor]:
+            packed = self._made()
+            if callable(packed.sums):
+                packed.sums = packed.sums(packed.largest)
+            return packed.sums
+
+        self._left_alone |= self.lost
+        self._fill(into, make, 0.0)
 
     def take_sums(self, numbers: Tensor) -> None:
-        """Take the sums over all ranks of what :meth:`sums` returns."""
-        if self.lost:
-            return
-        self.lost = bool(numbers[0])
-        if not self.lost and not callable(self._packed.sums):
-            self._packed.sums = _apart(numbers[1:], self._packed.sums)
+        """Take the sums over all ranks of what :meth:`fill_sums` has written."""
+        self.lost |= bool(numbers[0])
+        if not self.lost:
+            packed = self._made()
+            assert not callable(packed.sums)
+            packed.sums = _apart(self._taken(numbers), packed.sums)
 
     @property
     def together(self) -> Together:
         """The numbers of all ranks."""
         assert not self.lost
-        assert not callable(self._packed.sums)
-        return Together(self._packed.sums, self._packed.largest)
+        packed = self._made()
+        assert not callable(packed.sums)
+        return Together(packed.sums, packed.largest)
+
+    @property
+    def words(self) -> str:
+        """Return which rank has raised what for it."""
+        return "; ".join(f"rank {rank}: {why}" for rank, why in self.why.items())
 
 
-def contribute(all_of_them: Sequence[Contribution], group: Group) -> None:
-    """Bring the parts of all ranks together: one all-reduce of maxima and one of sums, and before them one for each
-    group of ranks that add up parts of the same. Whatever a part raises on one rank, this rank takes part with a filler
-    and says so, the part is lost on all ranks, and they tell each other why, in one collective more."""
-    add_up([partial for each in all_of_them if each.handle is not None for partial in each.partial()])
-    packed = [each.largest() for each in all_of_them]
-    if any(len(flat) > 1 for flat in packed):  # of the same lengths on all ranks
-        found = _all_reduced(packed, group, torch.distributed.ReduceOp.MAX)
-        for each, numbers in zip(all_of_them, found, strict=True):
-            each.take_largest(numbers)
-    found = _all_reduced([each.sums() for each in all_of_them], group, torch.distributed.ReduceOp.SUM)
-    for each, numbers in zip(all_of_them, found, strict=True):
-        each.take_sums(numbers)
-    _tell([each for each in all_of_them if each.lost], group)
+def contribute(all_of_them: Sequence[Contribution], agreed: Agreed) -> None:
+    """Bring the parts of all ranks together: one all-reduce of maxima and one of sums, where there are any, and before
+    them one for each group of ranks that add up parts of the same. Whatever a part raises on one rank, this rank takes
+    part with a filler and says so, the part is lost on all ranks, and they tell each other why in the store.
+
+    Raises:
+        RuntimeError: on all ranks, where one has no memory for a collective.
+    """
+    _add_up_partials(all_of_them, agreed)
+    operations, parts = torch.distributed.ReduceOp, list(all_of_them)
+    lengths = [1 + each.sizes.largest for each in parts]
+    maxima = any(length > 1 for length in lengths)
+    if maxima:
+        pieces = [(each.fill_largest, each.take_largest) for each in parts]
+        _reduced(agreed.room(sum(lengths)), lengths, pieces, operations.MAX, agreed.group.handle)
+    lengths = [1 + each.number_of_sums for each in parts]
+    if any(length > 1 for length in lengths) or (parts and not maxima):
+        pieces = [(each.fill_sums, each.take_sums) for each in parts]
+        _reduced(agreed.room(sum(lengths)), lengths, pieces, operations.SUM, agreed.group.handle)
+    _tell([each for each in parts if each.lost], agreed)
 
 
-def _tell(lost: Sequence[Contribution], group: Group) -> None:
+def _add_up_partials(all_of_them: Sequence[Contribution], agreed: Agreed) -> None:
+    """Add up what several ranks hold parts of; with other numbers of samples some groups of ranks have less to add up
+    than others, and all ranks have memory for as much."""
+    count = sum(1 + each.sizes.most_partial for each in all_of_them if each.sizes.most_partial)
+    room = agreed.room(count) if count else None
+    parts = [each for each in all_of_them if each.sizes.partial]
+    for handle in dict.fromkeys(each.sizes.handle for each in parts):
+        mine = [each for each in parts if each.sizes.handle is handle]
+        lengths = [1 + each.sizes.partial for each in mine]
+        assert room is not None
+        pieces = [(each.fill_partials, each.take_partials) for each in mine]
+        _reduced(room[: sum(lengths)], lengths, pieces, torch.distributed.ReduceOp.SUM, handle)
+
+
+def _reduced(
+    room: Tensor,
+    lengths: Sequence[int],
+    pieces: Sequence[tuple[Callable[[Tensor], None], Callable[[Tensor], None]]],
+    operation: torch.distributed.ReduceOp.RedOpType,
+    handle: Any,
+) -> None:
+    """Fill the room, reduce it over the ranks, and have what came of it taken."""
+    numbers = room.split(list(lengths))
+    for (fill, _), piece in zip(pieces, numbers, strict=True):
+        fill(piece)
+    torch.distributed.all_reduce(room, operation, group=handle)
+    for (_, take), piece in zip(pieces, numbers, strict=True):
+        take(piece)
+
+
+def _tell(lost: Sequence[Contribution], agreed: Agreed) -> None:
     if not lost:
         return
-    said = {i: each.error for i, each in enumerate(lost) if each.error}
-    for rank, text in zip(group.ranks, gathered(json.dumps(said), 16 + _ROOM * len(lost), group), strict=True):
-        heard: Mapping[str, str] = json.loads(text or "{}")
-        for i, why in heard.items():
-            lost[int(i)].why[rank] = why
-
-
-def _all_reduced(
-    flats: Sequence[Tensor], group: Group, operation: torch.distributed.ReduceOp.RedOpType
-) -> Sequence[Tensor]:
-    if not sum(map(len, flats)):
-        return flats
-    flat = torch.cat(list(flats)).to(group.device)
-    torch.distributed.all_reduce(flat, operation, group=group.handle)
-    pieces: Sequence[Tensor] = flat.cpu().split([len(each) for each in flats])
-    return pieces
+    said = {"said": [each.error for each in lost]}
+    for rank, other in zip(agreed.group.ranks, agreed.say("what went wrong", said), strict=True):
+        for each, why in zip(lost, other["said"], strict=True):
+            if why:
+                each.why[rank] = why
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
-        return torch.zeros(0, dtype=torch.float64, device="cpu")
+        return _NOTHING
     return torch.cat([tensor.reshape(-1) for tensor in tensors]).double().cpu()
 
 
@@ -209,9 +254,3 @@ def _hand_out(partials: Sequence[Partial], total: Tensor, own: Tensor) -> None:
     numbers = [partial.number for partial in partials]
     for partial, whole, addend in zip(partials, _apart(total, numbers), _apart(own, numbers), strict=True):
         partial.take(whole, addend)
-
-
-def words_of(error: Exception) -> str:
-    """Return the kind and the words of an error, as short and plain as other ranks are told them."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text)[:_MOST_WORDS]

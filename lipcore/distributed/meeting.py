@@ -43,6 +43,7 @@ class Meeting:
         self._numbered = 0
         self._passed: dict[int, tuple[int, int]] = {}  # by caller: a step, and how often it has passed by at it
         self._old: list[str] = []  # keys of the last meeting that took place, which nobody needs when the next one does
+        self.kept: list[Any] = []  #: memory in which the ranks make their collectives; as large on all of them
 
     def number_of(self, caller: Any) -> int:
         """Return the number of a Monitor or metric that meets others here, in the order of their first calls: steps of

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from lipcore.distributed.layouts import Layout, Place, is_alone, layout_of, place_of
+from lipcore.models.bits import bits_of
 from lipcore.models.dtensors import local_of
 from lipcore.models.torch_internals import shard_of
 
@@ -25,7 +27,7 @@ class Piece:
     whole: Shape  #: shape of the whole parameter
     offset: Shape
     shape: Shape
-    bits: str  #: a sum of its elements' bits: replicas have the same
+    bits: str  #: a sum of its elements' bits: replicas have the same; "" where there can be none
     kept: bool = True  #: this rank could count it
 
     @property
@@ -39,37 +41,41 @@ class Piece:
         return math.prod(self.shape)
 
 
-def describe(parameters: Iterable[tuple[str, str, Any]], kept: Collection[str] | None = None) -> Description:
-    """Return what this rank holds, for :meth:`Ownership.of`; waits for the device once.
+def describe(
+    parameters: Iterable[tuple[str, str, Any]], kept: Collection[str] | None = None, ranks: Sequence[int] = ()
+) -> Description:
+    """Return what this rank holds, for :meth:`Ownership.of`; waits for the device once. Ranks that hold other parts of
+    the same DTensors have the same to say of them, as far as no two of `ranks` hold the same part.
 
     Args:
         parameters: (name, group, tensor) of each; of a DTensor, the tensor itself.
         kept: names of those that this rank could count; None: of all.
+        ranks: of the group.
     """
     found = list(parameters)
     local = [local_of(tensor).detach() for _, _, tensor in found]
-    sums = torch.stack([bits_of(tensor) for tensor in local]).tolist() if found else []
-    bits = [f"{each & (1 << 64) - 1:016x}" for each in sums]  # as long for other values
+    layouts = [layout_of(t) if hasattr(t, "placements") else None for *_, t in found]
+    alone = [layout is not None and is_alone(layout, ranks) for layout in layouts]
+    asked = [bits_of(part) for part, unique in zip(local, alone, strict=True) if not unique]
+    sums = iter(torch.stack(asked).tolist() if asked else [])
+    bits = ["" if unique else f"{next(sums) & (1 << 64) - 1:016x}" for unique in alone]  # as long for other values
+    different: list[Layout] = []
     out: Description = {"names": [], "groups": [], "whole": [], "offset": [], "shape": [], "bits": bits}
-    for (name, group, tensor), part in zip(found, local, strict=True):
-        offset = shard_of(tensor)[1] if part is not tensor and hasattr(tensor, "_local_tensor") else ()
+    out["layouts"] = different
+    for (name, group, tensor), part, layout in zip(found, local, layouts, strict=True):
         out["names"].append(name)
         out["groups"].append(group)
         out["whole"].append(list(tensor.shape))
-        out["offset"].append(list(offset) or [0] * tensor.ndim)
-        out["shape"].append(list(part.shape))
+        if layout is not None and layout not in different:
+            different.append(layout)
+        in_parts = layout is None and part is not tensor and hasattr(tensor, "_local_tensor")
+        offset = shard_of(tensor)[1] if in_parts else ()
+        # The number of a layout in the place of offset and shape.
+        out["offset"].append(different.index(layout) if layout is not None else list(offset) or [0] * tensor.ndim)
+        out["shape"].append(None if layout is not None else list(part.shape))
     if kept is not None:
         out["kept"] = [int(name in kept) for name in out["names"]]
     return out
-
-
-def bits_of(tensor: Tensor) -> Tensor:
-    """Return the sum of the elements as integers: the same for the same bits, in whatever order they are added."""
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size())
-    if integer is None or tensor.is_complex():
-        tensor, integer = torch.view_as_real(tensor).contiguous(), torch.int64
-        return tensor.double().view(torch.int64).sum()
-    return tensor.contiguous().view(integer).sum(dtype=torch.int64)
 
 
 class Ownership:
@@ -121,7 +127,8 @@ class Ownership:
         for i, description in enumerate(descriptions):
             if "refused" in description:
                 raise ValueError(f"rank {ranks[i]}: {description['refused']}")
-        return cls([_pieces(description) for description in descriptions], ranks, here)
+        known: dict[Any, Place] = {}  # of all ranks' layouts
+        return cls([_pieces(each, rank, known) for each, rank in zip(descriptions, ranks, strict=True)], ranks, here)
 
     def alone(self, names: Iterable[str]) -> bool:
         """Return whether one rank counts all of these parameters, whole."""
@@ -135,13 +142,24 @@ class Ownership:
         return all(some - self._counted[name] <= self._empty[name] for name in names)
 
 
-def _pieces(description: Description) -> dict[str, Piece]:
-    keys = ("groups", "whole", "offset", "shape", "bits")
+def _pieces(description: Description, rank: int, known: dict[Any, Place]) -> dict[str, Piece]:
+    """Return what a rank holds, by name; `known` are places that were found for the same words before."""
+    layouts = description.get("layouts", [])
+    words = [json.dumps([each["placements"], each["sizes"], each["mesh"].index(rank)]) for each in layouts]
+
+    def place(whole: Shape, offset: Any, shape: Any) -> Place:
+        if shape is not None:
+            return tuple(offset), tuple(shape)
+        key = words[offset], whole
+        if key not in known:
+            known[key] = place_of(layouts[offset], whole, rank)
+        return known[key]
+
     names = description["names"]
     kept = description.get("kept", [1] * len(names))
-    rows = zip(*(description[key] for key in keys), kept, strict=True)
+    rows = zip(*(description[key] for key in ("groups", "whole", "offset", "shape", "bits")), kept, strict=True)
     return {
-        name: Piece(group, tuple(whole), tuple(offset), tuple(shape), bits, bool(keeps))
+        name: Piece(group, tuple(whole), *place(tuple(whole), offset, shape), bits, bool(keeps))
         for name, (group, whole, offset, shape, bits, keeps) in zip(names, rows, strict=True)
     }
 

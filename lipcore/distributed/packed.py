@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from lipcore.distributed.group import Group
 
 
 @dataclass
@@ -59,26 +56,3 @@ def _with(so_far: list[Tensor] | None, more: Sequence[Tensor], operation: Callab
     for into, tensor in zip(so_far, more, strict=True):
         operation(into, tensor, out=into)
     return so_far
-
-
-def room_for(text: str) -> int:
-    """Return bytes for :meth:`gathered` that are the same for texts of about the same length."""
-    return 1 << len(text.encode()).bit_length()
-
-
-def gathered(text: str, room: int, group: Group) -> list[str]:
-    """Return the texts of all ranks, "" for one that is longer than `room` bytes. One collective."""
-    data = torch.zeros(8 + room, dtype=torch.uint8, device="cpu")
-    encoded = text.encode()
-    if len(encoded) > room:
-        encoded = b""  # nothing is raised that others do not raise too
-    written = len(encoded).to_bytes(8, "little") + encoded
-    data[: len(written)] = torch.from_numpy(np.frombuffer(written, dtype=np.uint8).copy())
-    data = data.to(group.device)
-    all_of_them = [torch.empty_like(data) for _ in range(group.size)]
-    torch.distributed.all_gather(all_of_them, data, group=group.handle)
-    found = []
-    for each in all_of_them:
-        raw = each.cpu().numpy().tobytes()
-        found.append(raw[8 : 8 + int.from_bytes(raw[:8], "little")].decode())
-    return found

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lipcore.distributed.group import Group, checked_group, found_group
 from lipcore.distributed.meeting import Header, Meeting
@@ -69,6 +70,10 @@ class Partners:
         with suppress(torch.distributed.DistError):  # who waits is told of it by the store itself
             meeting = _meeting(group)
             meeting.pass_by(what, step, meeting.number_of(self))
+
+    def kept(self, group: Group) -> list[Tensor]:
+        """Return the memory in which this group's collectives are made, none or one; the same for all callers."""
+        return _meeting(group).kept
 
     def go_back(self) -> None:
         """Take back that this rank has passed by at steps that a loaded checkpoint has made undone."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from lipcore.distributed.partners import Partners
 from lipcore.distributed.rank_axis import Place
-from lipcore.metric.merging import Merged, Offer, Withdrawn, merge, turn_to
+from lipcore.metric.merging import Merged, Offer, Withdrawn, merge, part_or_why, turn_to
 from lipcore.metric.protocol import Metric
 from lipcore.metric.rank_part import NOT_MERGED, RankPart
 from lipcore.metric.results import History, Window
@@ -239,12 +239,7 @@ class GlobalWindows:
 
 
 def _part_of(metric: Metric) -> RankPart | str:
-    if metric.off:
-        return metric.off
-    try:
-        return metric.rank_part()
-    except Exception as error:  # the other ranks are told; what this rank measures goes on
-        return str(error)
+    return metric.off or part_or_why(metric.rank_part)
 
 
 def _window_of(window: Window, merged: Merged) -> Window:

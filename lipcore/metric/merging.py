@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lipcore.distributed.contribution import Contribution, contribute, words_of
+from lipcore.distributed.agreed import Agreed, words_of
+from lipcore.distributed.contribution import Contribution, contribute
 from lipcore.distributed.group import Group
 from lipcore.distributed.meeting import Header
 from lipcore.distributed.ownership import Ownership
-from lipcore.distributed.packed import gathered
 from lipcore.distributed.partners import Partners
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import MetricResult
 
-_VERSION = 3
+_VERSION = 4
+Part = Callable[[], RankPart | str]
 _LOST = (
     "its numbers of this window could not be merged, since making them raised an error ({0}); each rank's own are in "
     "pop_window() and history"
@@ -95,17 +98,16 @@ def merge(
     """
     newest, holdings = offers[-1], _holdings(offers)
     turn_to(group, offers)
-    unknown = {name: holding.text() for name, holding in holdings.items() if holding.ownership is None}
-    rooms = {name: holding.room for name, holding in holdings.items()}
+    unknown = sorted(name for name, holding in holdings.items() if holding.ownership is None)
     header: Header = {"version": _VERSION, "windows": [offer.header() for offer in offers]}
-    header |= {"call": what.partition(" ")[0], "unknown": sorted(unknown), "rooms": rooms}
+    header |= {"call": what.partition(" ")[0], "unknown": unknown, "held": sorted(holdings)}
     header |= {"withdrawn": [list(each) for each in withdrawn], "said": said}
     what = f"{what} over steps {newest.first_step} to {newest.last_step}"
-    headers = partners.meet(group, what, step, header)
+    agreed, headers = Agreed(partners, group, what, step), partners.meet(group, what, step, header)
     _check_same(what, headers, group)
-    _find_owners(headers, holdings, unknown, group)
+    _find_owners(headers, holdings, agreed)
     chosen = [(offer, *_shared(offer, found, group)) for offer in offers if (found := _of_all(offer, headers))]
-    contribute([each for _, shared, _ in chosen for each in shared.values()], group)
+    contribute([each for _, shared, _ in chosen for each in shared.values()], agreed)
     merged = [_merged(*each) for each in chosen]
     taken_back = dict.fromkeys(Withdrawn(*each) for other in headers for each in other["withdrawn"])
     return merged, list(taken_back), [other["said"] for other in headers]
@@ -115,7 +117,7 @@ def _merged(offer: Offer, shared: Mapping[str, Contribution], left_out: dict[str
     results: dict[str, MetricResult] = {}
     for name, contribution in shared.items():
         if contribution.lost:
-            left_out[name] = _LOST.format("; ".join(f"rank {rank}: {why}" for rank, why in contribution.why.items()))
+            left_out[name] = _LOST.format(contribution.words)
             continue
         try:
             if (result := offer.parts[name].result(contribution.together)) is not None:
@@ -127,22 +129,28 @@ def _merged(offer: Offer, shared: Mapping[str, Contribution], left_out: dict[str
     return Merged(offer, results, left_out)
 
 
-def _find_owners(
-    headers: Sequence[Header], holdings: Mapping[str, Holding], unknown: Mapping[str, str], group: Group
-) -> None:
-    """Find who counts what where a rank does not know that yet: one collective for all metrics."""
+def _find_owners(headers: Sequence[Header], holdings: Mapping[str, Holding], agreed: Agreed) -> None:
+    """Find who counts what where a rank does not know that yet. The ranks tell each other in the store, in which many
+    of them have the same to say: it is read once by each, and no collective is needed."""
     asked = sorted({name for other in headers for name in other["unknown"]})
-    asked = [name for name in asked if all(name in other["rooms"] for other in headers)]
+    asked = [name for name in asked if all(name in other["held"] for other in headers)]
     if not asked:
         return
-    own = {name: unknown.get(name) or holdings[name].text() for name in asked}
-    room = sum(max(other["rooms"][name] for other in headers) + 2 * len(name) + 16 for name in asked)
-    texts = gathered("{" + ", ".join(f"{json.dumps(name)}: {text}" for name, text in own.items()) + "}", room, group)
-    found = [json.loads(each) for each in texts]
-    for name in asked:
-        # So that later headers are the same on all ranks, which then need not read each other's.
-        holdings[name].room = max(other["rooms"][name] for other in headers)
-        holdings[name].ownership = Ownership.of([each[name] for each in found], group.ranks, group.place)
+    words = json.dumps({name: holdings[name].described() for name in asked}).encode()
+    mine = {"holds": base64.b85encode(zlib.compress(words)).decode()}
+    found = [other["holds"] for other in agreed.say("who holds what", mine)]
+    try:
+        known = {text: json.loads(zlib.decompress(base64.b85decode(text))) for text in set(found)}
+        for name in asked:
+            descriptions = [known[text][name] for text in found]
+            holdings[name].ownership = Ownership.of(descriptions, agreed.group.ranks, agreed.group.place)
+    except Exception as error:  # all ranks find alike what does not fit; memory may be full on one alone
+        agreed.say("who counts what", {"error": words_of(error)})
+        raise
+    said = zip(agreed.group.ranks, agreed.say("who counts what", {"error": ""}), strict=True)
+    for rank, other in said:
+        if other["error"]:
+            raise RuntimeError(f"lipcore: {agreed.what}: on rank {rank}: {other['error']}. No collective was started")
 
 
 def turn_to(group: Group, offers: Iterable[Offer]) -> None:
@@ -151,17 +159,28 @@ def turn_to(group: Group, offers: Iterable[Offer]) -> None:
         part.turn_to(group.ranks)
 
 
+def part_or_why(make: Part) -> RankPart | str:
+    """Return a part of this rank; where that raises, the words that the other ranks are told: they wait for some."""
+    try:
+        return make()
+    except ValueError as error:  # with words for users
+        return str(error)
+    except Exception as error:
+        return words_of(error)
+
+
 def merge_open(
-    partners: Partners, group: Group, what: str, step: int, steps: tuple[int, int], part: RankPart | str, name: str
+    partners: Partners, group: Group, what: str, step: int, steps: tuple[int, int], part: Part, name: str
 ) -> MetricResult:
     """Return one metric's open window of all ranks; as :func:`merge`, and ValueError where there is nothing to add.
 
     Args:
         steps: the window's first and last.
-        part: of this rank.
+        part: makes that of this rank.
         name: of the metric.
     """
-    offer = Offer(*steps, *(({}, {name: part}) if isinstance(part, str) else ({name: part}, {})))
+    found = part_or_why(part)
+    offer = Offer(*steps, *(({}, {name: found}) if isinstance(found, str) else ({name: found}, {})))
     ((merged,), _, _) = merge(partners, group, what, step, [offer])
     if merged.left_out:
         raise ValueError(merged.left_out[name])

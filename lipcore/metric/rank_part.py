@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
+from lipcore.distributed.agreed import words_of
 from lipcore.distributed.contribution import Sizes
 from lipcore.distributed.ownership import Description, Ownership, describe
-from lipcore.distributed.packed import Packed, Together, room_for
+from lipcore.distributed.packed import Packed, Together
 from lipcore.distributed.partial_sums import Partial
 from lipcore.metric.results import MetricResult
 from lipcore.models.gathered import in_parts
@@ -44,7 +44,6 @@ class Holding:
         self._parameters, self._refused, self._kept, self._model = parameters, refused, kept, model
         self._found: dict[tuple[int, ...], Ownership] = {}  # by the ranks of a group
         self._ranks: tuple[int, ...] = ()
-        self.room = 1024  #: bytes for the text, once there is one; it is as long at other values of the parameters
 
     def settle(self) -> None:
         """Stay with the parameters of now, before the metric turns to others: windows of these may wait."""
@@ -74,16 +73,12 @@ class Holding:
         held = self._parameters()
         return in_parts(self._model, held) if isinstance(self._model, nn.Module) else list(held)
 
-    def text(self) -> str:
-        """Return what this rank holds, as JSON; or why that cannot be said. Waits for the device."""
-        found: Description
+    def described(self) -> Description:
+        """Return what this rank holds; or why that cannot be said. Waits for the device."""
         try:
-            found = {"refused": self._refused} if self._refused else describe(self.held(), self._kept)
+            return {"refused": self._refused} if self._refused else describe(self.held(), self._kept, self._ranks)
         except Exception as error:  # the other ranks wait for a word of this one
-            found = {"refused": str(error)[:150]}  # there is room for that at any later time too
-        text = json.dumps(found)
-        self.room = max(self.room, room_for(text))
-        return text
+            return {"refused": words_of(error)}
 
 
 class RankPart(ABC):

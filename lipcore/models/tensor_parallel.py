@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lipcore.models.chains import home_of
 from lipcore.models.dtensors import is_in_parts
 from lipcore.models.gathered import fully_sharded
-from lipcore.models.ranks import rank, under_process_group
+from lipcore.models.ranks import rank, ranks_of, under_process_group
 from lipcore.models.torch_internals import fsdp_groups
 
+MESH_GONE = (
+    "its parameters lie on a device mesh whose process group is gone (destroy_process_group()), and which is of no "
+    "other: close() the Monitor, make model, optimizer and Monitor anew on a mesh of the ranks that train now, and "
+    "load the states of all three (torch.distributed.checkpoint)"
+)
 _SEVERAL = (
     "model: its parameters are cut over several sets of ranks ({0} and {1}), as in a plan of tensor parallelism on "
     "more than one mesh dimension; samples' gradients are added up over one set alone. Leave metrics of single samples "
@@ -44,6 +49,11 @@ class PartRanks:
         return self.__dict__ | {"handle": None}  # a process group is of one process
 
     @property
+    def gone(self) -> str:
+        """Reason why the ranks cannot add up what they have; "" where their process group is there."""
+        return "" if ranks_of(self.handle) else f"model: {MESH_GONE}"
+
+    @property
     def counts(self) -> bool:
         """True on the one rank that counts samples, and what all hold alike."""
         return self.place == 0
@@ -58,7 +68,7 @@ def part_ranks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> Pa
         parameters: (name, tensor) of each.
 
     Raises:
-        ValueError: parameters are cut over several sets of ranks.
+        ValueError: parameters are cut over several sets of ranks, or over a mesh of a process group that is gone.
     """
     if not under_process_group():
         return None
@@ -69,8 +79,7 @@ def part_ranks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> Pa
     on_mesh: set[str] = set()
     for name, tensor in parameters:
         for dim, placement in enumerate(getattr(tensor, "placements", ())):
-            handle = tensor.device_mesh.get_group(dim)  # type: ignore[attr-defined]
-            ranks = tuple(torch.distributed.get_process_group_ranks(handle))
+            handle, ranks = _group_along(tensor.device_mesh, dim)  # type: ignore[attr-defined]
             if len(ranks) > 1 and not sharded.get(id(tensor), anywhere).issuperset(ranks):
                 groups.setdefault(ranks, handle)
                 on_mesh.add(name)
@@ -83,6 +92,19 @@ def part_ranks(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> Pa
         raise ValueError(_SEVERAL.format(list(first), list(second)))
     ((ranks, handle),) = groups.items()
     return PartRanks(ranks, ranks.index(rank()), handle, cuts, frozenset(on_mesh))
+
+
+def _group_along(mesh: Any, dim: int) -> tuple[Any, tuple[int, ...]]:
+    """Return the process group along a dimension of a mesh, and its ranks. A mesh knows its groups by names, under
+    which there may be other ones, or none, once they were destroyed."""
+    handle = None
+    with suppress(KeyError, ValueError, RuntimeError):  # as torch's versions say of a name that they do not know
+        handle = mesh.get_group(dim)
+    ranks = () if handle is None else ranks_of(handle)
+    here = mesh.get_coordinate()
+    if here is None or sorted(ranks) != sorted(mesh.mesh[(*here[:dim], slice(None), *here[dim + 1 :])].tolist()):
+        raise ValueError(f"model: {MESH_GONE}")
+    return handle, ranks
 
 
 def runs_in_parts(module: nn.Module) -> bool:

@@ -115,6 +115,16 @@ def shard_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(shape), tuple(offset)
 
 
+def shard_at(whole: Any, sizes: Any, coordinate: Any, words: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return :func:`shard_of` at a place of a mesh of these sizes; for each dimension `words` have the name of the
+    placement's type and what its constructor takes."""
+    from torch.distributed.tensor import _utils, placement_types
+
+    placements = [getattr(placement_types, name)(**settings) for name, settings in words]
+    shape, offset = _utils._compute_local_shape_and_global_offset(whole, sizes, coordinate, placements)
+    return tuple(shape), tuple(offset)
+
+
 def fsdp_groups(module: Any) -> list[Any]:
     """Return what a fully_shard()ed module gathers together and lets go of."""
     state = module._get_fsdp_state()

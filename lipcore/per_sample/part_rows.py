@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipcore.capture.layers.compared_inputs import INPUT
 from lipcore.distributed.partial_sums import Partial
 from lipcore.metric.distribution import Distribution, observe_roots
 from lipcore.metric.state import checked_tensor, is_count
@@ -37,6 +38,15 @@ LOST = (
     "lipcore's scores by id lack {0} samples: ranks hold parts of the parameters (tensor parallelism), and more than "
     "64 MiB of single samples' squares waited to be added up; call global_window() or sync_scores() more often, on "
     "every rank"
+)
+#: Why samples' norms are not added up.
+UNLIKE = (
+    "ranks that hold layer '{0}' alike got other gradients of the same samples there (each has seen a part of them, or "
+    "of their positions or features), so that the gradient of a sample is a sum over ranks, and squares do not add up"
+)
+OTHER_INPUTS = (
+    "ranks that hold parts of the parameters (tensor parallelism) were given other samples: layer '{0}', whose input "
+    "is whole on each of them, got other values there; give these ranks the same batches"
 )
 BEFORE = -1  #: in a state, in the place of the block: of a window before
 OTHER_SCORES = (
@@ -71,9 +81,10 @@ class PassRows:
 
     @cached_property
     def bits(self) -> int:
-        """A number that differs where ranks have other samples: of how many there are, and of their ids."""
+        """A number that differs where ranks have other samples: of how many there are, of their ids, and of what is
+        compared of them."""
         ids = b"" if self.ids is None else self.ids.cpu().contiguous().numpy().tobytes()
-        return zlib.crc32(ids, self.squares.shape[1])
+        return zlib.crc32(ids, zlib.crc32(repr(self.layers).encode(), self.squares.shape[1]))
 
     @property
     def numbers(self) -> int:
@@ -297,6 +308,11 @@ def check_part_rows(state: Any, rows: PartRows | None) -> None:
 def has_rows(state: dict[str, Any]) -> bool:
     """Return whether a state has squares of samples, or had too many."""
     return bool(state.get("squares") or state.get("off"))
+
+
+def why_unlike(layer: str) -> str:
+    """Return why squares are not added up, of what was unlike."""
+    return OTHER_INPUTS.format(layer[len(INPUT) :]) if layer.startswith(INPUT) else UNLIKE.format(layer)
 
 
 def unlike_row(several: Tensor, own: Tensor, ranks: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lipcore import _core
+from lipcore.capture.layers.compared_inputs import INPUT
 from lipcore.capture.layers.layer_pass import DELTA, ERROR, OUTPUT, LayerRecord, Rows
 from lipcore.metric.distribution import Distribution, observe_roots
 from lipcore.models.tensor_parallel import PartRanks
@@ -129,13 +130,22 @@ class PassNorms:
     @property
     def in_parts(self) -> tuple[Tensor, Tensor, list[str]]:
         """Squares that the ranks that hold parts are to add up, [layers of the model + 1, B], NaN for those that
-        brought no numbers; the squares of what they hold alike, of the layers that have some, [layers, B]; and these
-        layers."""
+        brought no numbers; the squares of what they hold alike, of the layers that have some, and what is to be
+        alike of an input, [layers, B]; and these layers."""
         assert self.parts is not None
         whole = [i for i, name in enumerate(self.names) if name not in self.parts.cuts]
         places = sorted({self._index[i] for i in whole})
         alike = self._of(whole).index_select(0, self.layer_index.on(self.rows.device, places))
-        return self._per_place(self.added), alike, [self.layers[place] for place in places]
+        inputs = self.inputs
+        alike = torch.cat([alike, *(row.unsqueeze(0).to(alike.device) for row in inputs.values())])
+        return self._per_place(self.added), alike, [*(self.layers[place] for place in places), *inputs]
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Numbers of the samples that ranks which hold parts were given, and compare; by the layer that saw them."""
+        found = self.record.norms_sq
+        names = [name for name in found if name.startswith(INPUT)] if self.parts is not None else []
+        return {INPUT + self.layer_index.layer_of[name[len(INPUT) :]]: found[name] for name in names}
 
     @property
     def _known(self) -> bool:

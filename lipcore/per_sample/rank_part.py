@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipcore.capture.layers.compared_inputs import INPUT
 from lipcore.distributed.contribution import Sizes
 from lipcore.distributed.packed import Packed, Together
 from lipcore.distributed.partial_sums import Partial
@@ -19,7 +20,7 @@ from lipcore.metric.results import MetricResult
 from lipcore.models.names import with_prefix
 from lipcore.models.tensor_parallel import PartRanks
 from lipcore.per_sample.noise.rank_noise import RankNoise
-from lipcore.per_sample.part_rows import PassRows, bits_of, observe_whole
+from lipcore.per_sample.part_rows import PassRows, bits_of, observe_whole, why_unlike
 from lipcore.per_sample.results import add_noise, add_norms
 
 _ROUNDING = 1e-6  # of shares of whole numbers
@@ -36,11 +37,6 @@ _OTHER_STEPS = (
 STAGES = "ranks hold other layers (stages of a pipeline), and no rank knows the gradient of a whole sample"
 
 
-#: Why samples' norms are not added up.
-UNLIKE = (
-    "ranks that hold layer '{0}' alike got other gradients of the same samples there (each has seen a part of them, or "
-    "of their positions or features), so that the gradient of a sample is a sum over ranks, and squares do not add up"
-)
 _OTHER_SAMPLES = (
     "ranks {0} hold parts of the parameters (tensor parallelism) and have recorded other samples (rank {1}: {2} "
     "micro-batches that wait, rank {3}: {4}, or other sizes or ids), so that the squares of one sample cannot be added "
@@ -97,7 +93,8 @@ class PerSamplePart(RankPart):
         """Reasons on this rank, and how far it knows the noise scale's averages."""
         reasons: dict[str, Any] = {name: sorted(self.details[name]) for name in COUNTS}
         if self.parts is not None:
-            reasons["in_parts"] = [list(self.parts.ranks), *bits_of(self.rows), self.rows_off]
+            off = self.rows_off or self.parts.gone
+            reasons["in_parts"] = [list(self.parts.ranks), *bits_of(self.rows), off, self._waiting]
         noise: dict[str, Any] = {"off": self.noise_off, "averaged": list(self.averaged)}
         if self.noise is not None:
             noise |= {"steps": self.noise.steps, **self.noise.told}
@@ -123,7 +120,7 @@ class PerSamplePart(RankPart):
         if self.parts is None:
             return ""
         told = {rank: each["in_parts"] for rank, each in self._told.items()}
-        for rank, (ranks, count, bits, off) in told.items():
+        for rank, (ranks, count, bits, off, _) in told.items():
             if off:
                 return str(off)
             for other in ranks:
@@ -132,6 +129,11 @@ class PerSamplePart(RankPart):
                 if told[other][1:3] != [count, bits]:
                     return _OTHER_SAMPLES.format(_shown(ranks), rank, count, other, told[other][1])
         return ""
+
+    @property
+    def _waiting(self) -> int:
+        """Number of numbers that are to be added up."""
+        return 0 if self.parts is None else sum(rows.numbers for rows in self.rows if not rows.whole)
 
     def partials(self) -> list[Partial]:
         """Return the squares that are to be added up."""
@@ -155,6 +157,10 @@ class PerSamplePart(RankPart):
         owners = self.holding.ownership
         assert owners is not None
         return list(dict.fromkeys(owners.groups))
+
+    @property
+    def _what_is_alike(self) -> list[str]:
+        return [*self._all_layers, *(INPUT + layer for layer in self._all_layers)]
 
     @property
     def _on_all_ranks(self) -> bool:
@@ -196,12 +202,12 @@ class PerSamplePart(RankPart):
         places = (len(self._all_layers) + 1) * self.columns
         steps, of_noise = (0, 0) if noise is None else (noise.steps, noise.steps * noise.columns)
         counts = 1 + sum(len(reasons) for reasons in self.heard.values())
-        waiting = [] if parts is None else [rows.numbers for rows in self.rows if not rows.whole]
         return Sizes(
             SUMS * places + steps + (parts is not None),
             lambda most: counts + SUMS * places + bins_of(most[0]) + of_noise,
-            sum(waiting),
+            self._waiting,
             None if parts is None else parts.handle,
+            max((each["in_parts"][4] for each in self._told.values()), default=0) if parts is not None else 0,
         )
 
     def packed(self) -> Packed:
@@ -217,7 +223,9 @@ class PerSamplePart(RankPart):
             largest.append(self._noise.largest())
         if self.parts is not None:
             unlike = next((rows.unlike for rows in self.rows if rows.unlike), "")
-            number = 1 + self._all_layers.index(with_prefix(self.prefix, unlike)) if unlike else 0
+            kind = INPUT if unlike.startswith(INPUT) else ""
+            named = kind + with_prefix(self.prefix, unlike[len(kind) :])
+            number = 1 + self._what_is_alike.index(named) if unlike else 0
             largest.append(torch.tensor([float(number)], dtype=torch.float64, device="cpu"))
         found = [float(self.details[name].get(why, 0)) for name in COUNTS for why in self.heard[name]]
         # Of ranks with the same samples, each counts a share.
@@ -240,10 +248,10 @@ class PerSamplePart(RankPart):
                 result.details[name] = found
         result.details["proved"] = not self.heard["not_proved"]
         if self.parts is not None and (number := int(together.largest[-1][0])):
-            why = UNLIKE.format(self._all_layers[number - 1])
+            why = why_unlike(self._what_is_alike[number - 1])
             result.details["norms_off"] = result.details["noise_scale_off"] = why
             for rows in self.rows:  # on each of the ranks, whichever has noticed it
-                rows.unlike = rows.unlike or self._all_layers[number - 1]
+                rows.unlike = rows.unlike or self._what_is_alike[number - 1]
             return result
         distributions = distributions_of(together.largest[0], sums[:2])
         total = self.total

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipcore.distributed.ownership import bits_of
 from lipcore.layers import Factor
+from lipcore.models.bits import bits_of
 from lipcore.models.names import listed
 
 #: A gradient by parameter name; parameters without one may be None.

@@ -88,6 +88,8 @@ class SampleWindow:
         elif anew or self.in_parts is None or self.in_parts.ranks != parts:
             before, self.in_parts = self.in_parts, PartRows(parts, layers + 1, self.blocks)
             self.in_parts.go_on_scoring(before)
+        else:
+            self.in_parts.ranks = parts  # whose process group may be another one
         if anew or not self.distributions.open:
             self.distributions, self.noise = BlockWindow((layers + 1) * self.columns, self.blocks), None
         self.noise, self.shared = self.noise if noise else None, None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from lipcore.distributed.group import AUTO
 from lipcore.metric.merging import merge_open
+from lipcore.metric.rank_part import RankPart
 from lipcore.metric.results import MetricResult
 from lipcore.models.ranks import under_process_group
 from lipcore.trajectory.rank_part import TrajectoryPart
@@ -159,9 +161,13 @@ class Trajectory(Stepped):
         found = partners.find()
         if found is None:
             return self.compute()
-        part = self.rank_part()
-        if isinstance(part, (TrajectoryPart, SketchPart)):
-            part.open = True
+
+        def part() -> RankPart | str:
+            made = self.rank_part()
+            if isinstance(made, (TrajectoryPart, SketchPart)):
+                made.open = True
+            return made
+
         last = int(self._built.first.table.cursor[0])
         steps = last - self._built.first.window_steps + 1, last
         return merge_open(partners, found, "trajectory.sync()", self._steps_seen, steps, part, self.name)
@@ -186,9 +192,9 @@ class Trajectory(Stepped):
         found, whole = partners.find(), SketchHistory(mine.buckets, self._wanted.keep_limit)
         matrix = mine.matrix
         if found is not None:
-            part, steps = kept_part(tracker, self._holding, tracker.agreed), (0, self._steps_seen)
-            merged = merge_open(partners, found, "trajectory.sync_sketches()", self._steps_seen, steps, part, self.name)
-            matrix = merged.details["matrix"]
+            steps, what = (0, self._steps_seen), "trajectory.sync_sketches()"
+            part = functools.partial(kept_part, tracker, self._holding, tracker.agreed)
+            matrix = merge_open(partners, found, what, self._steps_seen, steps, part, self.name).details["matrix"]
         whole.load(mine.steps, matrix)
         return whole
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lipcore import _core
-from lipcore.distributed.ownership import bits_of
 from lipcore.distributed.placed import counts_here, placed_like, tied_to
 from lipcore.distributed.rank_axis import Place
 from lipcore.metric.distribution import Distribution
 from lipcore.metric.state import trouble_of
+from lipcore.models.bits import bits_of
 from lipcore.models.dtensors import local_of
 from lipcore.trajectory.building import Built
 from lipcore.trajectory.parameters import WatchedParameter

@@ -11,6 +11,7 @@ from rank_runs import Found, assert_right, run_situations
 from rank_situations import STEPS, WINDOW
 
 from lipcore.models.averaging import GONE
+from lipcore.models.tensor_parallel import MESH_GONE
 
 pytestmark = pytest.mark.ci  # two processes, for 10 s
 
@@ -22,7 +23,9 @@ def found(tmp_path_factory: Any) -> Any:
 
 
 def test_every_situation_is_in_the_table() -> None:
-    assert [name for name, *_ in situations(2)] == ["remedy", "left_as_it_is", "rebind", "group"]
+    assert [name for name, *_ in situations(2)] == [
+        *("remedy", "left_as_it_is", "rebind", "group", "mesh_plan", "mesh_fsdp2"),
+    ]
 
 
 def test_a_new_monitor_goes_on_from_the_state_of_the_old_one(found: Found) -> None:
@@ -41,3 +44,10 @@ def test_the_wrapper_of_a_group_that_is_gone_is_named_with_the_remedy(found: Fou
 def test_a_group_that_is_gone_is_named_with_the_remedy(found: Found) -> None:
     for said in found["group"]:
         assert said.startswith("group: this process group is gone (destroy_process_group()); take monitor.state_dict()")
+
+
+@pytest.mark.parametrize(("way", "calls"), [("plan", ("sync_norms", "sync_scores")), ("fsdp2", ("Monitor", "rebind"))])
+def test_a_mesh_that_is_gone_is_named_with_a_remedy_that_helps(found: Found, way: str, calls: tuple[str, ...]) -> None:
+    for numbers in found[f"mesh_{way}"]:
+        assert_right(numbers)
+        assert numbers["said"] == dict.fromkeys(calls, f"ValueError: model: {MESH_GONE}")

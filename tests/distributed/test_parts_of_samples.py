@@ -91,7 +91,7 @@ def test_norms_of_the_last_pass_are_refused_until_they_are_added_up(runs: dict[i
 def test_collectives(runs: dict[int, Found]) -> None:
     for counts in dicts(runs[2]["counted"]):
         assert counts["training"] == counts["plain"]
-        assert counts["first"] == 4  # who owns what; the sum over parts, maxima, sums
+        assert counts["first"] == 3  # the sum over parts, maxima, sums
         assert counts["second"] == 3
 
 

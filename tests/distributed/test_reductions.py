@@ -46,7 +46,9 @@ def runs(tmp_path_factory: Any) -> dict[int, Found]:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_situation_is_in_the_table(ranks: int) -> None:
     names = [name for name, *_ in situations(ranks)]
-    assert sorted(names) == sorted([*RIGHT[ranks], *WITHOUT_NOISE[ranks], *(LEFT_OUT if ranks == 2 else ())])
+    assert sorted(names) == sorted(
+        [*RIGHT[ranks], *WITHOUT_NOISE[ranks], *((*LEFT_OUT, "old_gradients") if ranks == 2 else ())]
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,3 +78,9 @@ def test_norms_without_a_noise_scale(runs: dict[int, Found], ranks: int, name: s
     for numbers in runs[ranks][name]:
         assert_right(numbers)
         assert re.search(WITHOUT_NOISE[ranks][name], numbers["said"]), numbers["said"]
+
+
+def test_an_old_gradient_of_a_model_that_is_sharded_as_one_is_no_new_one(runs: dict[int, Found]) -> None:
+    for errors in runs[2]["old_gradients"]:
+        assert len(errors) == 6, errors
+        assert max(errors.values()) < 1e-12

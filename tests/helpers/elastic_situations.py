@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from odd_situations import next_group
-from rank_situations import STEPS, WINDOW, data_of, made
+from rank_situations import STEPS, WINDOW, Columns, data_of, fsdp, made, planned
 from sample_situations import NAME, Truth, compared, mean_loss, quiet
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 
 from lipcore import Monitor, PerSampleGradNorms, Trajectory
 
@@ -67,7 +71,71 @@ def gone_on(way: str, rank: int, world: int) -> Any:
     return {"unrecorded": norms.details["unrecorded"], "off": norms.details["noise_scale_off"], "moved": moved}
 
 
+def cut(world: int, plan: bool) -> nn.Module:
+    """A model on a mesh of two dimensions, each with process groups of its own."""
+    if plan:
+        return planned(made(Columns), init_device_mesh("cpu", (1, world), mesh_dim_names=("dp", "tp"))["tp"])
+    return fsdp(made(), init_device_mesh("cpu", (world, 1), mesh_dim_names=("dp", "fs")))
+
+
+def words_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def on_a_mesh(way: str, rank: int, world: int) -> Any:
+    """A window in one group, the others in another one, behind a model of which each rank holds parts."""
+    found: list[Any] = []
+    batches, plan = data_of([0] if way == "plan" else range(world)), way == "plan"
+    mine = batches[0 if plan else rank]
+    model = cut(world, plan)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    monitor = monitor_of(model, optimizer)
+    norms: Any = monitor.metrics[NAME]
+
+    def train(steps: range) -> None:
+        for x, y in (mine[step] for step in steps):
+            norms.set_ids(range(len(x)))
+            optimizer.zero_grad()
+            mean_loss(model(x), y).backward()
+            optimizer.step()
+            if (window := monitor.global_window()) is not None:
+                found.append(window)
+
+    train(range(WINDOW))
+    state = {"model": model.state_dict(), "lipcore": monitor}
+    state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    folder = os.path.join(os.environ["LIPCORE_TEST_FOLDER"], f"saved_{way}")
+    dcp.save(state, checkpoint_id=folder)
+    dist.barrier()
+    dist.destroy_process_group()
+    next_group(rank, world)
+    calls: dict[str, Callable[[], Any]] = (
+        {"sync_norms": norms.sync_norms, "sync_scores": norms.sync_scores}
+        if plan
+        else {"Monitor": lambda: monitor_of(model, optimizer), "rebind": monitor.rebind}
+    )
+    said = {name: words_of(call) for name, call in calls.items()}
+    monitor.close()
+    model = cut(world, plan)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    blank = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    monitor = monitor_of(model, optimizer)
+    norms = monitor.metrics[NAME]
+    dcp.load(blank | {"lipcore": monitor}, checkpoint_id=folder)
+    set_optimizer_state_dict(model, optimizer, blank["optimizer"])
+    train(range(WINDOW, STEPS))
+    monitor.close()
+    truth = Truth(made(Columns) if plan else made())
+    return {"said": said, **compared(found, truth.windows(batches))}
+
+
 def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, number of ranks and work of each."""
     for way in ("remedy", "left_as_it_is", "rebind", "group"):
         yield way, ranks, quiet(functools.partial(gone_on, way))
+    for way in ("plan", "fsdp2"):
+        yield f"mesh_{way}", ranks, quiet(functools.partial(on_a_mesh, way))

@@ -14,6 +14,8 @@ from sample_situations import DDP, NAME, Truth, compared, mean_loss, merged, mon
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from lipcore import PerSampleGradNorms
+
 #: Sets up a model before a micro-batch, which is the last one of its step or not.
 Setting = Callable[[Any, bool], Any]
 
@@ -228,10 +230,48 @@ def norms_of(windows: Sequence[Any], expected: Sequence[Mapping[str, float]]) ->
     return compared(windows, norms) | {"said": windows[-1][NAME].details["noise_scale_off"]}
 
 
+class Heads(nn.Module):
+    """Two heads, of which a pass uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.head = "c"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = getattr(self, self.head)(torch.tanh(self.a(x)))
+        return found
+
+
+def old_gradients(rank: int, world: int) -> dict[str, Any]:
+    """A head has a gradient of before, and none in the first pass that is recorded: the errors of its norms."""
+    from torch.distributed.fsdp import fully_shard
+
+    x, found = data_of(range(world))[rank][0][0], {}
+    whole = made(Heads)
+    whole.head, squares = "b", []
+    for i in range(len(x)):
+        whole.zero_grad()
+        whole(x[i : i + 1]).square().mean().backward()
+        squares.append(sum(p.grad.square().sum() for p in whole.parameters() if p.grad is not None))
+    for keeps in (None, True, False):
+        for before in ("old", "zeros"):
+            model = fully_shard(made(Heads), reshard_after_forward=keeps)
+            model(x).square().mean().backward()
+            if before == "zeros":
+                model.zero_grad(set_to_none=False)
+            model.head = "b"
+            with PerSampleGradNorms(model, loss_reduction="mean") as norms:
+                model(x).square().mean().backward()
+                error = (norms.per_sample - torch.stack(squares).sqrt()).abs().max()
+            found[f"{before} {keeps}"] = float(error)
+    return found
+
+
 def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, ranks and work of each that needs so many."""
     two = (at_once_reduced, at_once_synced, kept_gathered, kept_by_backward, in_another_dtype, never_synced,
            half_synced, not_emptied, late_hook, late_divisor,
-           hook_on_one_rank)  # fmt: skip
+           hook_on_one_rank, old_gradients)  # fmt: skip
     for work in two if ranks == 2 else (within_replicas, cut_again, stages_of_replicas):
         yield work.__name__, ranks, quiet(work)

@@ -14,6 +14,7 @@ from lipcore.capture.layers.broadcast import spread_layers
 from lipcore.capture.layers.coverage import GIVEN, OUTSIDE, REENTRANT, UNSEEN, ParameterCoverage
 from lipcore.capture.layers.layer_pass import LayerPass, LayerRecord
 from lipcore.capture.layers.layer_site import LayerSite
+from lipcore.capture.layers.new_gradients import Gradients
 from lipcore.capture.layers.proofs import Proofs
 from lipcore.capture.layers.reordered import reordered_layers
 from lipcore.capture.proof import is_proof
@@ -59,14 +60,14 @@ class Audit:
         self._model, self._coverage, self._sites = model, coverage, sites
         self._compiled, self._skip, self._graph = compiled, skip, graph
         self._proofs, self._fail, self._disproved = proofs, fail, disproved
-        self._grads_before: dict[str, bool] = {}
+        self._gradients: Gradients | None = None  # before the forward pass
         self._given: set[str] = set()  # parameters that have got their gradient in the forward pass
         self._reentrant = False  # the first pass has a checkpoint whose graph is made in the backward pass
 
     def before_forward(self) -> None:
-        """Note which parameters have a gradient before the forward pass."""
+        """Note which gradients there are before the forward pass."""
         if not self.done:
-            self._grads_before = {name: p.grad is not None for name, p in self._coverage.parameters()}
+            self._gradients = Gradients(self._model, self._coverage)
 
     def after_forward(self, run: LayerPass, output: Any) -> None:
         """Look at the graph behind the model's output, and prove the pass where a proof is due.
@@ -76,9 +77,8 @@ class Audit:
         """
         if run.chained:
             return
-        if not self.done:
-            before = self._grads_before
-            self._given = {n for n, p in self._coverage.parameters() if p.grad is not None and not before.get(n, True)}
+        if not self.done and self._gradients is not None:
+            self._given = self._gradients.changed()
         try:
             if not self.done and not self._compiled:
                 self._reentrant = any(is_reentrant_checkpoint(node) for node in nodes_of(output))
@@ -173,7 +173,9 @@ class Audit:
             self.done = True
             outside = REENTRANT if self._reentrant else OUTSIDE
             given = dict.fromkeys(self._given, GIVEN)
-            audit_gradients(self._coverage, self._grads_before, record.norms_sq, outside, given, skip=self._skip)
+            before, self._gradients = self._gradients, None
+            new = set() if before is None else before.changed(record.norms_sq)
+            audit_gradients(self._coverage, new, outside, given, skip=self._skip)
 
 
 def audit_graph(
@@ -218,19 +220,12 @@ def _taps(output: Any, sites: Iterable[LayerSite]) -> Counter[str]:
 
 
 def audit_gradients(
-    coverage: ParameterCoverage,
-    before: Mapping[str, bool],
-    recorded: Container[str],
-    outside: str,
-    known: Mapping[str, str],
-    *,
-    skip: bool,
+    coverage: ParameterCoverage, new: Container[str], outside: str, known: Mapping[str, str], *, skip: bool
 ) -> None:
-    """Look, after the first record, for a parameter whose gradient was brought by no layer's call. `before` says
-    whether the parameter had a gradient before the pass; `outside`: what is said of one that the graph measures;
-    `known`: of some where their gradient is from."""
-    for name, parameter in coverage.measured().items():
-        if parameter.grad is not None and not before.get(name, False) and name not in recorded:
+    """Uncover, after the first record, the parameters that have got a gradient which no layer's call has brought:
+    `new`. `outside`: what is said of one that the graph measures; `known`: of some where their gradient is from."""
+    for name in coverage.measured():
+        if name in new:
             coverage.uncover(name, known.get(name, outside if name in coverage.by_graph else UNSEEN))
     if not skip or not coverage.covered:
         coverage.check()

@@ -17,6 +17,7 @@ from lipcore.capture.graph.kept_tensors import KeptTensors
 from lipcore.capture.graph.orders import Order
 from lipcore.capture.graph.other_graph import Call
 from lipcore.capture.graph.replay import Replay
+from lipcore.capture.layers.compared_inputs import INPUT, seen_in
 from lipcore.capture.layers.kept_factors import KeptFactors
 from lipcore.capture.proof import NOTHING
 from lipcore.capture.seeds import Begins
@@ -26,12 +27,13 @@ from lipcore.layers.factor import Measure
 from lipcore.layers.factor_estimate import EstimatedOuter
 from lipcore.models.copies import Before
 
-#: Rows that are no parameter's norms: the gradient at a layer's output ("delta/<layer>") and at the model's, and the
-#: standard error of an estimated squared norm ("error/<parameter>").
+#: Rows that are no parameter's norms: the gradient at a layer's output ("delta/<layer>") and at the model's, the
+#: standard error of an estimated squared norm ("error/<parameter>"), and what ranks compare of a layer's input
+#: ("input/<parameter>").
 DELTA = "delta/"
 OUTPUT = "output/"
 ERROR = "error/"
-_BESIDE = (DELTA, OUTPUT, ERROR)
+_BESIDE = (DELTA, OUTPUT, ERROR, INPUT)
 #: Why norms of some samples are NaN.
 UNSEEN_ROWS = (
     "in every proof so far some samples had no gradient here, or one that is not finite, so that it is not known whose "
@@ -170,6 +172,7 @@ class LayerPass:
         self.taps = 0  # calls of tapped layers
         self.begun = 0  # as of gradients_begun(): when it began; then, within it
         self.order: Order | None = None  # of its samples, where it puts them together again
+        self.compared = ""  # the parameter whose layer's input ranks compare
         self.note: Any = None  # what the options' note_of returned
         self.loss: Any = None  # and loss_of
         self.unproved = ""  # why its norms are not proved
@@ -220,6 +223,8 @@ class LayerPass:
                 self._held[name] = factor if held is None else held.join(factor)
             else:
                 at_once[name] = factor
+        if (seen := seen_in(factors[self.compared]) if self.compared in factors else None) is not None:
+            self._rows[INPUT + self.compared] = seen
         for name, row in self._measured(at_once).items():
             self.add_row(name, row)
             self._add_error(name, at_once[name])
@@ -316,6 +321,7 @@ class Recomputation(LayerPass):
         super().__init__(next(iter(passes)).batch)
         first = next(iter(passes))
         self.note, self.loss, self.number = first.note, first.loss, first.number
+        self.compared = first.compared
         self.left_to_graph = first.left_to_graph
         self.passes = passes
 

@@ -16,6 +16,7 @@ from lipcore.capture.graph.other_graph import Call
 from lipcore.capture.layers.audit import Audit, depends_on
 from lipcore.capture.layers.batch_of import batch_of, batch_tensor, doubt_one
 from lipcore.capture.layers.batch_of_one import SingleBatches
+from lipcore.capture.layers.compared_inputs import compared_parameter
 from lipcore.capture.layers.compared_sums import ComparedSums
 from lipcore.capture.layers.compile_probes import LayerProbes
 from lipcore.capture.layers.compiled_audit import audit_uncompiled
@@ -91,6 +92,7 @@ class TappedModel:
         if self.parts is not None:
             refuse_options(options, compiled=compiled)
             leave_out_uncut(self.coverage, self.parts)
+        self._compared = "" if self.parts is None else compared_parameter(self.coverage, self.parts)
         self._audited = not options.prove  # as a compiled model
         self._structure = Structure(model)
         orders = Orders()
@@ -206,7 +208,7 @@ class TappedModel:
             batch = batch_of(arguments, keywords, self._options.batch_dim, self._options.offsets_of)
             options = self._options
             run = LayerPass(batch, self.coverage.frozen_since(), options.measure, options.keep_factors)
-            run.left_to_graph = frozenset(self.coverage.by_graph)
+            run.left_to_graph, run.compared = frozenset(self.coverage.by_graph), self._compared
             if self._options.note_of is not None:
                 run.note = self._options.note_of(arguments, keywords)
             self._structure.check()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lipcore.distributed.group import Group
+from lipcore.distributed.agreed import Agreed
 from lipcore.distributed.partners import Partners
 from lipcore.per_sample.scores.sample_scores import SampleScores
 
@@ -30,6 +30,7 @@ def scores_of_all(partners: Partners, scores: Sequence[SampleScores], what: str,
     if group is None:
         return [_merged([one.state_dict()]) for one in scores]
     states = [one.state_dict() for one in scores]
+    tables = [_table(state) for state in states]
     header = {"version": 1, "call": what, "ids": [len(state["ids"]) for state in states]}
     header["left_out"] = [[state["missing"], state["invalid"]] for state in states]
     headers = partners.meet(group, what, step, header)
@@ -40,11 +41,12 @@ def scores_of_all(partners: Partners, scores: Sequence[SampleScores], what: str,
                 f"{what}: rank {rank} is at {other['call']}, with {theirs} scores where this rank has {len(scores)}; "
                 "all ranks have to make the same call with the same metrics"
             )
+    lengths = [[other["ids"][k] for other in headers] for k in range(len(scores))]
+    gathered = _gathered(tables, lengths, Agreed(partners, group, what, step))
     found = []
-    for k, state in enumerate(states):
-        tables = _gathered(_table(state), [other["ids"][k] for other in headers], group)
+    for k, of_ranks in enumerate(gathered):
         left_out = [other["left_out"][k] for other in headers]
-        found.append(_merged([_state(table, *each) for table, each in zip(tables, left_out, strict=True)]))
+        found.append(_merged([_state(table, *each) for table, each in zip(of_ranks, left_out, strict=True)]))
     return found
 
 
@@ -60,13 +62,25 @@ def _state(table: Tensor, missing: int, invalid: int) -> dict[str, object]:
     return {"version": 1, "ids": ids, "count": count, **numbers, "missing": missing, "invalid": invalid}
 
 
-def _gathered(table: Tensor, lengths: Sequence[int], group: Group) -> list[Tensor]:
-    room = torch.zeros(max(lengths), _COLUMNS, dtype=torch.int64, device="cpu")
-    room[: len(table)] = table
-    room = room.to(group.device)
-    all_of_them = [torch.empty_like(room) for _ in range(group.size)]
-    torch.distributed.all_gather(all_of_them, room, group=group.handle)
-    return [each[:length].cpu() for each, length in zip(all_of_them, lengths, strict=True)]
+def _gathered(tables: Sequence[Tensor], lengths: Sequence[Sequence[int]], agreed: Agreed) -> list[list[Tensor]]:
+    """Return the tables of all ranks, of each of which they have so many rows: one collective for each, and all memory
+    before the first."""
+    group, rows = agreed.group, [max(each) for each in lengths]
+    room = agreed.room(sum(rows) * _COLUMNS * (1 + group.size)).view(torch.int64)
+    found, at = [], 0
+    for table, most in zip(tables, rows, strict=True):
+        size = most * _COLUMNS
+        places = room[at : at + (1 + group.size) * size].view(1 + group.size, most, _COLUMNS).unbind(0)
+        places[0][: len(table)].copy_(table)
+        found.append(places)
+        at += (1 + group.size) * size
+    for mine, *others in found:
+        if mine.numel():
+            torch.distributed.all_gather(others, mine, group=group.handle)
+    return [
+        [other[:length].to("cpu", copy=True) for other, length in zip(others, of_ranks, strict=True)]
+        for (_, *others), of_ranks in zip(found, lengths, strict=True)
+    ]
 
 
 def _merged(states: Sequence[dict[str, object]]) -> SampleScores:
