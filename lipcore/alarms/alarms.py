@@ -84,7 +84,8 @@ class Alarms(Showable):
         snapshot: files to write after an alarm.
         per_sample: for how many steps after an alarm the gradient norms of single samples are measured, to name those
             with the largest, in :attr:`samples`, a warning, and the record. It needs a
-            :class:`lipcore.PerSampleGradNorms` among the metrics of the Monitor, whose hooks are off until then. What
+            :class:`lipcore.PerSampleGradNorms` among the metrics of the Monitor, whose hooks are off until then. Of
+            another rank's alarm these are the steps behind the call that merges windows, which says so. What
             stops the metric there (a model that mixes samples, a parameter that no rule covers) is a warning, and
             raised nowhere.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from lipcore.alarms.event import AlarmEvent
 from lipcore.capture.training_pass import NOT_ACCUMULATED
 from lipcore.metric.host_copy import HostCopy, as_bits, of_bits
+from lipcore.models.ranks import rank, world_size
 from lipcore.per_sample.metric import PerSampleMetric
 from lipcore.per_sample.open_step import MicroBatch
 from lipcore.per_sample.step_listener import StepListener
@@ -48,7 +49,14 @@ class SamplesAfterAlarm:
     median: float  #: of those that are finite; NaN where there are none
     largest: tuple[SampleNorm, ...]  #: those that are not finite first; none where all are
     message: str  #: a sentence for people
+    told_by: int | None = None  #: rank whose alarm it was, where this one heard of it as windows were merged
+    rank: int | None = None  #: whose samples were measured; None where there is one process
     doubt: str = ""  #: why the norms are not proved to be single samples', not of all parameters, or NaN; "" if exact
+
+    @property
+    def behind(self) -> int:
+        """Steps from that of the alarm to the first that was measured: 1 where it was the next one."""
+        return self.first - self.alarm
 
     @property
     def stands_out(self) -> bool:
@@ -67,9 +75,48 @@ class _Step:
     taken_back: str = ""  # why
 
 
-#: Steps of the alarm, first and last that were measured, why norms of an open step were taken back, or "", and why
-#: passes were not recorded, or "".
-_Facts = tuple[int, int, int, str, str]
+@dataclass(frozen=True)
+class _Facts:
+    """What is known of the measured steps besides their norms."""
+
+    alarm: AlarmEvent
+    first: int
+    last: int
+    rank: int | None  # this one; None: there are no others
+    taken_back: str  # why norms of the open step were, or ""
+    unrecorded: str  # why passes were, or ""
+
+    @property
+    def begin(self) -> str:
+        """The alarm, and by whom this rank was told of it."""
+        words, by = f"after the alarm in step {self.alarm.step}", self.alarm.rank
+        heard = "this rank" if self.rank is None else f"rank {self.rank}"
+        return words if by is None else f"{words} on rank {by}, of which {heard} heard as windows were merged"
+
+    @property
+    def samples(self) -> str:
+        """The samples that were measured."""
+        of = "" if self.rank is None else f" of rank {self.rank}"
+        return f"samples{of} in " + (
+            f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
+        )
+
+    def aside(self, *said: str) -> str:
+        """What is said in brackets: how far behind the alarm the steps lie, where they are not the next ones, and more;
+        "" where there is nothing to say."""
+        first, last = self.first - self.alarm.step, self.last - self.alarm.step
+        lag = f"{first} to {last} steps behind it" if first < last else f"{first} steps behind it"
+        words = "; ".join(one for one in (lag if first > 1 else "", *said) if one)
+        return f" ({words})" if words else ""
+
+    def told(
+        self, count: int, median: float, largest: tuple[SampleNorm, ...], what: str, doubt: str
+    ) -> SamplesAfterAlarm:
+        """Return what was found, and `what` is said of it."""
+        alarm, words = self.alarm, f"{self.begin}: {what}"
+        return SamplesAfterAlarm(
+            alarm.step, self.first, self.last, count, median, largest, words, alarm.rank, self.rank, doubt
+        )
 
 
 class SamplesAfter(StepListener):
@@ -91,7 +138,7 @@ class SamplesAfter(StepListener):
         failed: Callable[[Exception], None],
     ) -> None:
         self._steps, self._metric, self._tell, self._failed = steps, metric, tell, failed
-        self._wanted: int | None = None  # the step of the alarm for which it is, or is to be, on
+        self._wanted: AlarmEvent | None = None  # the alarm for which it is, or is to be, on
         self._first: int | None = None  # step in which it is on
         self._step, self._taken_back = 0, ""
         self._summed_up = False  # a step had too many micro-batches
@@ -103,7 +150,7 @@ class SamplesAfter(StepListener):
     def hear(self, event: AlarmEvent) -> None:
         """Have it switched on, where it is not on for an alarm before."""
         if self._wanted is None and not self._metric.off:
-            self._wanted = event.step
+            self._wanted = event
 
     def begin_step(self, step: int) -> None:
         """Note that a step is made, before its samples come."""
@@ -174,7 +221,8 @@ class SamplesAfter(StepListener):
         """Read what the steps up to this one have brought."""
         assert self._wanted is not None
         assert self._first is not None
-        facts = (self._wanted, self._first, last, self._taken_back, self._reasons())
+        number = rank() if world_size() > 1 else None
+        facts = _Facts(self._wanted, self._first, last, number, self._taken_back, self._reasons())
         found, self._found = self._found, []
         self._wanted = self._first = None
         tensors = [tensor for one in found for tensor in (*one.norms, *one.ids) if tensor is not None]
@@ -209,8 +257,8 @@ class SamplesAfter(StepListener):
 
 def _largest(facts: _Facts, found: Sequence[_Step]) -> SamplesAfterAlarm:
     """Return the samples with the largest norms of all steps."""
-    alarm, first, last, of_open, reasons = facts
-    taken_back = next((one.taken_back for one in found if one.taken_back), of_open)
+    reasons = facts.unrecorded
+    taken_back = next((one.taken_back for one in found if one.taken_back), facts.taken_back)
     found = [one for one in found if not one.taken_back]
     steps, rows, norms = [], [], []
     ids: list[int | None] = []
@@ -223,19 +271,16 @@ def _largest(facts: _Facts, found: Sequence[_Step]) -> SamplesAfterAlarm:
             [int(number) for own in one.ids if own is not None for number in own.tolist()] if named else [None] * count
         )
         norms += [part.double().cpu().numpy() for part in one.norms]
-    when = f"step {first}" if first == last else f"steps {first} to {last}"
-    begin = f"after the alarm in step {alarm}"
     nothing = np.zeros(0)
     values = np.concatenate([nothing, *norms])
     if not len(values):
         why = taken_back and f"they were taken back: {taken_back}"
         why = why or reasons or "no step has had a recorded backward pass"
-        words = f"{begin}: no gradient norms of samples in {when} ({why})"
-        return SamplesAfterAlarm(alarm, first, last, 0, float("nan"), (), words)
+        return facts.told(0, float("nan"), (), f"no gradient norms of {facts.samples}{facts.aside(why)}", "")
     doubts = [one.doubt for one in found if one.doubt][:1]
     doubts += [f"others were taken back: {taken_back}"] * bool(taken_back)
     doubt = "; ".join(doubts + [f"others were not recorded: {reasons}"] * bool(reasons))
-    aside = f" ({doubt})" if doubt else ""
+    samples, aside = f"{len(values)} {facts.samples}", facts.aside(doubt)
     finite = np.isfinite(values)
     at_step, at_row = np.concatenate(steps), np.concatenate(rows)
     median = float(np.median(values[finite])) if finite.any() else float("nan")
@@ -248,14 +293,14 @@ def _largest(facts: _Facts, found: Sequence[_Step]) -> SamplesAfterAlarm:
     rows_of = chosen.values()
     largest = tuple(SampleNorm(int(at_step[i]), int(at_row[i]), ids[i], float(values[i])) for i in rows_of)
     said: Any = [f"{one} in step {one.step} ({_size(one.norm, median)})" for one in largest]
-    what = f"the largest gradient norms of {len(values)} samples in {when}{aside}: {', '.join(said)}"
+    what = f"the largest gradient norms of {samples}{aside}: {', '.join(said)}"
     if not largest:
-        what = f"the gradient norms of all {len(values)} samples in {when} are not finite{aside}"
-    told = SamplesAfterAlarm(alarm, first, last, len(values), median, largest, f"{begin}: {what}", doubt)
+        what = f"the gradient norms of all {samples}{aside} are not finite"
+    told = facts.told(len(values), median, largest, what, doubt)
     if told.stands_out:
         return told
-    beyond = f"no gradient norm of {len(values)} samples in {when} is beyond twice the median{aside}"
-    return replace(told, message=f"{begin}: {beyond}; the largest: {said[0]}")
+    beyond = f"no gradient norm of {samples}{aside} is beyond twice the median"
+    return replace(told, message=f"{facts.begin}: {beyond}; the largest: {said[0]}")
 
 
 def _size(norm: float, median: float) -> str:

@@ -100,6 +100,7 @@ class Recorder(Listener):
         self._begin()
         largest = [[one.step, one.row, one.id, one.norm if math.isfinite(one.norm) else None] for one in found.largest]
         data = {"alarm": found.alarm, "first": found.first, "count": found.count, "largest": largest}
+        data |= {} if found.told_by is None else {"told_by": found.told_by}
         data |= {"doubt": found.doubt} if found.doubt else {}
         self.record.add_event(found.last, SAMPLES, found.message, data)
 

@@ -16,7 +16,7 @@ from ranks import run_ways
 from torch import nn
 
 import lipcore
-from lipcore.alarms import AlarmEvent, Alarms, Snapshot
+from lipcore.alarms import AlarmEvent, Alarms, Snapshot, samples
 from lipcore.alarms.samples import SamplesAfter
 from lipcore.per_sample.open_step import MicroBatch
 from lipcore.per_sample.step_listener import StepListener
@@ -401,10 +401,10 @@ class Norms:
         self.per_sample = torch.tensor(values, dtype=torch.float64)
 
 
-def told(*steps: list[float], back: bool = False, doubts: Sequence[str] = ()) -> Any:
+def told(*steps: list[float], back: bool = False, doubts: Sequence[str] = (), by: int | None = None) -> Any:
     found: list[Any] = []
     after = SamplesAfter(len(steps), lipcore.PerSampleGradNorms(loss_reduction="mean"), found.append, found.append)
-    after.hear(AlarmEvent(9, "loss", "total", 4.0, ""))
+    after.hear(AlarmEvent(9, "loss", "total", 4.0, "", by))
     after.between(10, 10)
     for i, values in enumerate(steps):
         after.begin_step(11 + i)
@@ -449,11 +449,28 @@ def test_norms_that_are_not_finite_come_first_and_what_is_missing_is_said() -> N
     assert [(each.step, each.row) for each in one.largest] == [(11, 1), (12, 0), (11, 2), (12, 1), (11, 0)]
     assert one.median == 2.0
     assert "row 1 in step 11 (not finite), row 0 in step 12 (not finite), row 2 in step 11 (3, 1.5 times" in one.message
-    assert told([float("nan")] * 2).message.endswith("the gradient norms of all 2 samples in step 11 are not finite")
-    assert told([]).message.endswith(
-        "no gradient norms of samples in step 11 (no step has had a recorded backward pass)"
+    assert told([float("nan")] * 2).message.endswith(
+        "the gradient norms of all 2 samples in step 11 (2 steps behind it) are not finite"
     )
-    assert told([1.0], back=True).message.endswith("(they were taken back: samples were mixed)")
+    assert told([]).message.endswith(
+        "no gradient norms of samples in step 11 (2 steps behind it; no step has had a recorded backward pass)"
+    )
+    assert told([1.0], back=True).message.endswith("(2 steps behind it; they were taken back: samples were mixed)")
+
+
+def test_an_alarm_of_another_rank_is_named_as_its_own_and_how_far_behind_it_the_steps_lie(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = told([1.0, 9.0, 1.0])
+    assert (own.told_by, own.rank, own.behind) == (None, None, 2)
+    monkeypatch.setattr(samples, "world_size", lambda: 4)
+    monkeypatch.setattr(samples, "rank", lambda: 3)
+    one = told([1.0, 9.0], [1.0], by=1)
+    assert (one.alarm, one.first, one.last, one.told_by, one.rank, one.behind) == (9, 11, 12, 1, 3, 2)
+    assert one.message.startswith(
+        "after the alarm in step 9 on rank 1, of which rank 3 heard as windows were merged: the largest gradient norms "
+        "of 3 samples of rank 3 in steps 11 to 12 (2 to 3 steps behind it): row 1 in step 11 (9,"
+    )
 
 
 def test_that_some_parameters_are_not_covered_is_said_beside_the_samples() -> None:
@@ -484,14 +501,17 @@ def test_the_first_doubt_of_all_steps_is_said_and_why_norms_are_nan() -> None:
     usual, beyond = told([1.0], [2.0], doubts=["", "no proof"]), told([1.0, 1.0], [2.5], doubts=["", "no proof"])
     assert not usual.stands_out
     assert usual.message.endswith(
-        "no gradient norm of 2 samples in steps 11 to 12 is beyond twice the median (no proof); "
-        "the largest: row 0 in step 12 (2, 1.33 times the median)"
+        "no gradient norm of 2 samples in steps 11 to 12 (2 to 3 steps behind it; no proof) is beyond twice the "
+        "median; the largest: row 0 in step 12 (2, 1.33 times the median)"
     )
     assert beyond.stands_out
-    assert "of 3 samples in steps 11 to 12 (no proof): row 0 in step 12 (2.5, 2.5 times the median), " in beyond.message
+    assert (
+        "of 3 samples in steps 11 to 12 (2 to 3 steps behind it; no proof): row 0 in step 12 (2.5, 2.5 times "
+        in beyond.message
+    )
     assert told([float("nan")], [1.0]).stands_out
     assert told([float("nan")] * 2, doubts=["no rule"]).message.endswith(
-        "the gradient norms of all 2 samples in step 11 are not finite (no rule)"
+        "the gradient norms of all 2 samples in step 11 (2 steps behind it; no rule) are not finite"
     )
 
 
@@ -575,7 +595,8 @@ def test_norms_are_taken_back_on_their_way_from_a_device_too() -> None:
     switch.step(10, 1.0, 3.0)
     switch.after.samples_proved()
     switch.step(11, 7.0)
-    facts, found, after = (9, 10, 11, "", ""), switch.after._found, switch.after
+    facts = samples._Facts(AlarmEvent(9, "loss", "total", 4.0, ""), 10, 11, None, "", "")
+    found, after = switch.after._found, switch.after
     after._copied.append((facts, found, Copy()))  # type: ignore[arg-type]
     after._found, after._first, after._wanted = [], None, None
     after.samples_taken_back("samples were mixed")
@@ -614,6 +635,12 @@ def named_on_ranks(rank: int, folder: str, name: str) -> dict[str, Any]:
     merged = [window["per_sample_grad_norm"].norm["total"].mean for window in monitor.global_history]
     return {
         "samples": [(one.alarm, one.first, one.last, one.count, one.largest[0].norm) for one in alarms.samples],
+        "told": [(one.told_by, one.rank, one.behind, one.message) for one in alarms.samples],
+        "recorded": [
+            (event.data.get("told_by"), event.text)
+            for event in lipcore.open_run(f"{folder}/{name}", rank).events
+            if event.kind == "samples after an alarm"
+        ],
         "expected": expected,
         "own": own,
         "merged": [(value.count, value.value, value.valid) for value in merged],
@@ -633,6 +660,17 @@ def test_ranks_of_which_one_is_awake_and_the_other_rests_merge_their_windows(tmp
         assert largest == pytest.approx(max(norms), rel=1e-5)
         for step in steps:
             everything[(step - 1) // 4] += one["expected"][str(step)]
+    said = [
+        "after the alarm in step 3 on rank 1, of which rank 0 heard as windows were merged: ",
+        "after the alarm in step 3: ",
+    ]
+    which = ["6 samples of rank 0 in steps 6 to 8 (3 to 5 steps behind it)", "6 samples of rank 1 in steps 4 to 6"]
+    for i, (one, by, behind) in enumerate(zip(found, (1, None), (3, 1), strict=True)):
+        ((*facts, message),) = one["told"]
+        assert facts == [by, i, behind]
+        assert message.startswith(said[i])
+        assert which[i] in message
+        assert one["recorded"] == [[by, message]]
     assert [one["own"] for one in found] == [[0, 6, 0, 0], [2, 4, 0, 0]]
     assert found[0]["merged"] == found[1]["merged"]
     for norms, (count, mean, valid) in zip(everything, found[0]["merged"], strict=True):
