@@ -54,6 +54,8 @@ DEPENDS = (
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5}
 _ROUNDING_HALF = 3e-2
 _ANOTHER = "its output is another one when it is run again on the same batch"
+_SEES = "would see another forward pass"
+TAKE_OFF = "take the hook off, by its handle's remove(), and call rebind()"
 _DRAWS = "how many random numbers it draws depends on the batch"
 _OTHERS = (
     "the output of sample {0} is another one when the other samples are exchanged, and it is called with tensors of "
@@ -216,12 +218,23 @@ def why_not_again(model: nn.Module, arguments: Any, keywords: Any, *, together: 
     if is_spread(model) and not together:
         return "it is sharded"
     if ANY_FORWARD_HOOKS or ANY_FORWARD_PRE_HOOKS:
-        return "hooks on all modules would see another forward pass"
+        return f"hooks on all modules {_SEES}"
     for name, module in model.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(not home_of(hook).startswith(known) for hook in hooks):
-            return f"a hook on module '{name}' would see another forward pass"
+        homes = map(home_of, [*module._forward_hooks.values(), *module._forward_pre_hooks.values()])
+        if others := [home for home in homes if not home.startswith(known)]:
+            return f"a hook of {others[0]} on module '{name}' {_SEES}"
     return ""
+
+
+def is_for_a_hook(why: str) -> bool:
+    """Return whether a model cannot be run again for a hook on it, of which :data:`TAKE_OFF` is the remedy."""
+    return _SEES in why
+
+
+def not_looked_for(why: str) -> str:
+    """Return that the model was not run on copies of a sample, why, and the remedy where it is a hook."""
+    said = f"statistics over the batch that the model may detach were not looked for: {why}"
+    return f"{said}; {TAKE_OFF}" if is_for_a_hook(why) else said
 
 
 def _of(tensor: Tensor, dim: int, whose: Tensor, sample: int) -> Tensor:

@@ -309,7 +309,7 @@ def test_hooks_that_see_nothing_new_in_another_pass() -> None:
     capturing.install_output_capuring_hook(model[0], "hidden_states", 0)
     check(model, (torch.randn(4, T, C),))
     model[0].register_forward_hook(lambda module, arguments, output: None)
-    _refused(model, "a hook on module '0' would see another forward pass")
+    _refused(model, f"a hook of {__name__} on module '0' would see another forward pass")
 
 
 def test_rows_that_never_had_a_gradient_need_no_order() -> None:

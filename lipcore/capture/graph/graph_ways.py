@@ -28,7 +28,7 @@ from lipcore.models.containers import leaves_of
 _MOST = 32  # structures that are kept: models that loop over a sequence have many
 _MOST_MOVES = 24  # of one structure's frontier: past an expert's matrices, biases, gate and activation
 _SPARE = 8  # structures whose rows are proved as they come; those of others when a proof is due
-REFUSED = "{0}; and it cannot be measured from the autograd graph either: {1}"
+REFUSED = "the autograd graph cannot measure it: {1}; nor can a rule: {0}"
 _LOOSE = (
     "the model chooses rows anew in every pass where parameters meet the batch, so that it is known of passes that are "
     "proved alone whose they are"

@@ -11,6 +11,7 @@ from lipcore.layers import Rule, rule_for
 from lipcore.layers.alike import rule_alike
 from lipcore.layers.registry import why_no_rule
 from lipcore.models.checks import check_kind
+from lipcore.models.copies import TAKE_OFF, is_for_a_hook
 from lipcore.models.names import named_modules
 
 _SHOWN = 5  # parameters, and reasons, that an error names
@@ -165,6 +166,8 @@ class ParameterCoverage:
         # Of layers that mix samples no rule measures anything, and they mix them when they are frozen too.
         others = [] if self.uncovered.keys() <= self._mixing else [_RULE, _FREEZE]
         ways = [_SKIP, *others] if self.covered else others[:1]  # beside these there is nothing to measure
+        if any(is_for_a_hook(reason) for reason in self.uncovered.values()):
+            ways.insert(0, TAKE_OFF)
         if self.graph_is_off and not self._without_rule.isdisjoint(self.uncovered):
             ways.insert(0, _GRAPH)
         if self._compiled and not self._without_rule.isdisjoint(self.uncovered):

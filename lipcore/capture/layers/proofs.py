@@ -25,7 +25,7 @@ from lipcore.capture.own_nodes import gradients_begun, nodes_of_others
 from lipcore.capture.proof_ranks import SHARDED_SINCE, Ranks
 from lipcore.capture.sample_ids import SampleIds
 from lipcore.capture.seeds import Begins, Seeds, seeds_of
-from lipcore.models.copies import Before
+from lipcore.models.copies import Before, not_looked_for
 from lipcore.models.dtensors import await_values
 from lipcore.models.gathered import is_spread, nothing_reduced
 from lipcore.models.memory import free_bytes
@@ -45,7 +45,6 @@ NOT_RUN_OUTPUT = (
 NOT_ASKED = "prove=False was passed"
 _FAILED = "its graph allows no other backward pass ({0})"
 _MEMORY = "another backward pass needs about {0} MB, and {1} MB are free"
-_NOT_RUN = "statistics over the batch that the model may detach were not looked for: {0}"
 _OTHERS_OPEN = "on another rank the pass left something open before"
 _UNFINISHED = "the proof that was asked for has not come to its end"
 _ONE_SAMPLE = "a batch of one sample has nothing to prove; pass two or more"
@@ -318,7 +317,7 @@ class Proofs:
         if known.reason:
             return
         if run.batch.offsets is not None:
-            known.reason = _NOT_RUN.format(_OFFSETS)
+            known.reason = not_looked_for(_OFFSETS)
             return
         tensors = list(tensors_of(output))
         places = {id(tensor): i for i, tensor in enumerate(tensors)}
@@ -326,7 +325,7 @@ class Proofs:
         pairs = zip(seeds.outputs, seeds.dims, seeds.samples, strict=True)
         rows = [(places[id(t)], dim, whose) for t, dim, whose in pairs if id(t) not in suspected]
         if self.asked is not None and self.sharded and before.refused:
-            known.reason = _NOT_RUN.format(before.refused)
+            known.reason = not_looked_for(before.refused)
             return
         if self.asked is not None and self.sharded:  # the pass has to be over on all ranks before another one begins
             self.asked.later = functools.partial(self._look_together, run, output, rows, before, known)
@@ -335,7 +334,7 @@ class Proofs:
             return
         why, wrong = before.difference(output, rows, self._run_again)
         if why and not wrong:
-            known.reason = _NOT_RUN.format(why)
+            known.reason = not_looked_for(why)
         elif wrong and self._skip:
             known.reason = run.disproved = why
         elif wrong and len(wrong) == len(rows):
@@ -360,7 +359,7 @@ class Proofs:
             known.reason = ""
             self._note_asked(run)
             return ""
-        known.reason = why if wrong else _NOT_RUN.format(why)
+        known.reason = why if wrong else not_looked_for(why)
         if wrong and not self._skip:
             raise Disproved(f"model: {why}")
         return known.reason
@@ -372,7 +371,7 @@ class Proofs:
         if not self.asked.waits:
             self._note_asked(run)
         elif run.kind is not None:
-            self._known[run.kind].reason = _NOT_RUN.format(_UNFINISHED)  # until it is finished
+            self._known[run.kind].reason = not_looked_for(_UNFINISHED)  # until it is finished
 
     def _note_asked(self, run: LayerPass) -> None:
         """Note that following passes are like one that was asked for, or do something else."""
