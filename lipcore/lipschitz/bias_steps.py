@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lipcore.models.gathered import part_of
+
 _SETTINGS = ("momentum", "nesterov", "weight_decay")
 
 
@@ -52,19 +54,20 @@ class BiasSteps:
         virtual = bias is None and layer is not None and self._virtual
         if virtual and layer is not None:
             bias = layer._parameters.get("weight")
+        held = part_of(model, bias)  # which the optimizers have, also within a pass
         places = [
             (optimizer, i)
             for optimizer in self._optimizers
             for i, group in enumerate(optimizer.param_groups)
-            if any(parameter is bias for parameter in group["params"])
+            if any(parameter is held for parameter in group["params"])
         ]
         self._holders = len(places)
         self._holder, self._index = places[0] if len(places) == 1 else (None, 0)
-        if bias is not self._bias:
+        if held is not self._bias:
             owners = model.modules() if model is not None else ()
             uses = sum(own is bias for owner in owners for own in owner._parameters.values())
             self._shared = uses > 1 and not virtual
-        self._bias = bias if isinstance(bias, Tensor) else None
+        self._bias = held if isinstance(held, Tensor) else None
 
     @property
     def known(self) -> bool:

@@ -19,6 +19,7 @@ from lipcore.metric.host_reads import TensorRead
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version
 from lipcore.models.dtensors import local_of
+from lipcore.models.gathered import part_of
 
 
 class LipschitzWindow(StandaloneMetric):
@@ -77,7 +78,7 @@ class LipschitzWindow(StandaloneMetric):
 
     def _remember_weight(self) -> None:
         """Keep W_1 at the window's start, to tell at its close whether Theorem 1 can be stated with one W_1."""
-        weight = local_of(self._first.weight())
+        weight = local_of(part_of(self._model, self._first.weight()))
         self._weight_before = weight.detach().clone() if weight is not None else None
         self._bias.find(self._model, self._first.module)
 

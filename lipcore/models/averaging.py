@@ -10,6 +10,7 @@ from lipcore.models.gathered import in_parts
 from lipcore.models.ranks import rank, ranks_of, under_process_group
 from lipcore.models.reduction import Reduction
 from lipcore.models.tensor_parallel import averaging_ranks, part_ranks
+from lipcore.models.torch_internals import ddp_of
 
 UNKNOWN = (
     "there are other ranks, and the model is no DistributedDataParallel and not fully_shard()ed here, so that nobody "
@@ -32,14 +33,24 @@ def is_of_a_gone_group(model: nn.Module | None) -> bool:
     return not ranks_of(model.process_group)
 
 
+def _reduces_all(model: nn.Module) -> bool:
+    """Return whether modules that torch's composable replicate() was called on, over the same ranks, reduce the
+    gradients of all parameters that are trained."""
+    wrappers = [wrapper for module in model.modules() if (wrapper := ddp_of(module)) is not None]
+    reduced = {id(parameter) for wrapper in wrappers for parameter in wrapper.parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return len({ranks_of(one.process_group) for one in wrappers}) == 1 and reduced >= set(map(id, trained))
+
+
 def averaged_over(model: nn.Module) -> tuple[tuple[int, ...], str]:
     """Return the ranks over which the gradient is the mean when a backward pass is over; () and the reason where that
     is not known."""
     for module in model.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
+        wrapper = ddp_of(module)
+        if wrapper is not None and (wrapper is module or _reduces_all(model)):
             if why := Reduction(module).own_rule():
                 return (), why
-            ranks = ranks_of(module.process_group)
+            ranks = ranks_of(wrapper.process_group)
             return ranks, "" if ranks else GONE
     if part_ranks(model, model.named_parameters()) is not None:  # and others hold parts of the same gradient
         if why := Reduction(model).own_rule():

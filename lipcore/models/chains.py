@@ -11,6 +11,8 @@ from torch.nn.utils import parametrize
 from lipcore.models.names import class_before_sharding, named_modules, unwrap
 from lipcore.models.torch_internals import ANY_FORWARD_HOOKS, ANY_FORWARD_PRE_HOOKS
 
+_SHARDING = ("torch.distributed.fsdp._fully_shard", "torch.distributed._composable.replicate_with_fsdp")
+
 
 def modules_in_order(model: nn.Module, *, parametrized: bool = False, sharded: bool = False) -> list[nn.Module] | None:
     """Return the modules of nested nn.Sequentials of torch's own layers, parametrized and fully_shard()ed ones too
@@ -67,9 +69,9 @@ def home_of(hook: Any) -> str:
 
 
 def is_of_sharding(hook: Any) -> bool:
-    """Return whether a hook is one of fully_shard()'s, which gathers parameters, casts what comes in and goes out, and
-    changes no more."""
-    return home_of(hook).startswith("torch.distributed.fsdp._fully_shard")
+    """Return whether a hook is one of fully_shard()'s, or of the replicate() that is made of it: it gathers parameters,
+    casts what comes in and goes out, and changes no more."""
+    return home_of(hook).startswith(_SHARDING)
 
 
 def is_own(hook: Any) -> bool:

@@ -54,6 +54,10 @@ DEPENDS = (
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5}
 _ROUNDING_HALF = 3e-2
 _ANOTHER = "its output is another one when it is run again on the same batch"
+_SPEAKS = (
+    "a hook of {0} on module '{1}' would speak to other ranks in another forward pass; DistributedDataParallel in the "
+    "place of the composable replicate() leaves such a pass to one rank"
+)
 _SEES = "would see another forward pass"
 TAKE_OFF = "take the hook off, by its handle's remove(), and call rebind()"
 _DRAWS = "how many random numbers it draws depends on the batch"
@@ -222,6 +226,8 @@ def why_not_again(model: nn.Module, arguments: Any, keywords: Any, *, together: 
     for name, module in model.named_modules():
         homes = map(home_of, [*module._forward_hooks.values(), *module._forward_pre_hooks.values()])
         if others := [home for home in homes if not home.startswith(known)]:
+            if others[0].startswith("torch.distributed"):
+                return _SPEAKS.format(others[0], name)
             return f"a hook of {others[0]} on module '{name}' {_SEES}"
     return ""
 

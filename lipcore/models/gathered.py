@@ -53,6 +53,11 @@ def in_parts(model: nn.Module, held: Iterable[tuple[str, str, Any]]) -> list[tup
     return [(name, group, parts.get(id(tensor), tensor)) for name, group, tensor in held]
 
 
+def part_of(model: nn.Module | None, tensor: Any) -> Any:
+    """Return what this rank holds of one parameter between two steps, as :func:`in_parts` does."""
+    return tensor if model is None or tensor is None else _parts(model).get(id(tensor), tensor)
+
+
 @contextmanager
 def between_steps(model: Any) -> Iterator[None]:
     """Have a model's parameters stand in the with block as they do between two steps: within one, behind a forward pass

@@ -47,10 +47,12 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def class_before_sharding(module: nn.Module) -> type[nn.Module]:
-    """Return a module's class, without the one that fully_shard() has made of it."""
+    """Return a module's class, without the ones that fully_shard() and replicate() have made of it: their first base is
+    one of torch.distributed's (FSDPModule, ReplicateModule, DDP), the second the class that was there."""
     kind = type(module)
-    bases = kind.__bases__
-    return bases[1] if len(bases) == 2 and bases[0].__name__ == "FSDPModule" else kind
+    while len(kind.__bases__) == 2 and kind.__bases__[0].__module__.startswith("torch.distributed."):
+        kind = kind.__bases__[1]
+    return kind
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lipcore.models.dtensors import local_of
 from lipcore.models.gathered import fully_sharded
 from lipcore.models.ranks import under_process_group
-from lipcore.models.torch_internals import fsdp_groups, gradients_of, reduces_by_own_rule
+from lipcore.models.torch_internals import ddp_of, fsdp_groups, gradients_of, reduces_by_own_rule
 
 _OWN_RULE = (
     "the {0} was given a rule of its own by which gradients are reduced (a communication hook, another divisor), so "
@@ -31,7 +31,7 @@ class Reduction:
         if self._found is None:
             if self._model is None or not under_process_group():
                 return []
-            wrapped = [m for m in self._model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+            wrapped = [module for module in self._model.modules() if _is_ddp(module)]
             self._found = [*wrapped, *fully_sharded(self._model)]
         return self._found
 
@@ -72,4 +72,4 @@ class Reduction:
 
 
 def _is_ddp(module: nn.Module) -> bool:
-    return isinstance(module, nn.parallel.DistributedDataParallel)
+    return ddp_of(module) is not None

@@ -356,11 +356,20 @@ def original(module: nn.Module) -> nn.Module:
 # ---- wrappers for several ranks
 
 
+def ddp_of(module: nn.Module) -> Any:
+    """Return the DistributedDataParallel that a module is, or by which torch's composable replicate() reduces its
+    gradients, from the first forward pass on; None where there is none."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return module
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+    return next((vars(owner).get("_ddp") for owner in owners if type(owner).__name__ == "_ReplicateState"), None)
+
+
 def reduces_by_own_rule(module: nn.Module) -> bool:
     """Return whether a DistributedDataParallel, or a module that fully_shard() was called on, reduces gradients by
     another rule than the mean over its ranks."""
-    if isinstance(module, nn.parallel.DistributedDataParallel):
-        return bool(module._comm_hooks)
+    if (wrapper := ddp_of(module)) is not None:
+        return bool(wrapper._comm_hooks)
     state_of: Any = getattr(module, "_get_fsdp_state", lambda: None)
     state = state_of()
     groups = getattr(state, "_fsdp_param_groups", None)
