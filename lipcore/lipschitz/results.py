@@ -194,12 +194,14 @@ class LipschitzResults(LipschitzRecords):
 
     def _first_bias(self) -> dict[str, Any]:
         """Return what Corollaries 2 and 3 ask of the first layer and its bias, for lipcore.theory to check; without
-        the number of samples."""
+        the number of samples. A layer without a bias has no name of one, unless one is followed in its place."""
         assert self._first.module is not None
         shape = self._first.batch_shape
-        own = f"{self._first.name}.bias" if self._first.name else "bias"
+        followed = self._virtual_bias is not None and not self._virtual_bias.off
+        there = followed or self._first.module._parameters.get("bias") is not None
+        own = with_prefix(self.prefix, with_prefix(self._first.name, "bias"))
         return {
-            "parameter": with_prefix(self.prefix, own),
+            "parameter": own if there else None,
             "layer": class_before_sharding(self._first.module).__name__,
             "rows_per_sample": None if shape is None else math.prod(shape[1:-1]),
             **self._bias.details(),

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lipcore.lipschitz.bias_steps import BiasSteps
 from lipcore.metric.results import MetricResult, Value
+from lipcore.models.names import with_prefix
 from lipcore.models.ranks import world_size
 from lipcore.models.torch_internals import is_compiled
 from lipcore.trajectory.building import Stat
@@ -84,7 +85,8 @@ class VirtualBias:
         if layer is self._layer:
             return
         self._name, self._layer = name, layer
-        self.place = f"{name}.bias" if name else "bias"
+        # An embedding has no bias that could be followed: what says so is at the layer itself.
+        self.place = (name or "model") if isinstance(layer, nn.Embedding) else with_prefix(name, "bias")
         self._refuse(self._refusal())
 
     def _refusal(self) -> str:
@@ -235,7 +237,7 @@ class VirtualBias:
             result.details[f"{PREFIX}off"] = reason
             nothing = Value(math.nan, 0, "exact", False, reason)
             for name in QUANTITIES:
-                result.add(f"{PREFIX}{name}", self.place or "bias", "total", last=nothing)
+                result.add(f"{PREFIX}{name}", self.place or "model", "total", last=nothing)
             return
         note, path = _NOTE.format(self._name), self._path.finalize()
         for name in QUANTITIES:

@@ -45,8 +45,9 @@ def literal_steps(window: Window, parameter: str, side: str, place: str | None) 
     facts = result.details.get("first_bias", _NOTHING)
     measured = result["normalized_gradient_norm"][place]["mean"].count
     against = []
-    if parameter != facts.get("parameter"):
-        against.append(f"{parameter!r} is not the first layer's own bias, {facts.get('parameter')!r}")
+    own = facts.get("parameter")
+    if parameter != own:
+        against.append(f"{parameter!r} is not the first layer's own bias, " + (repr(own) if own else "which has none"))
     if facts.get("shared"):
         against.append("the first layer's bias is shared with another layer")
     if facts.get("layer") != "Linear":
