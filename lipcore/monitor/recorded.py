@@ -11,7 +11,7 @@ from lipcore.alarms.event import AlarmStop
 from lipcore.metric.engine import Engine
 from lipcore.metric.optimizers import updating
 from lipcore.models.names import parameter_names
-from lipcore.models.ranks import rank
+from lipcore.models.ranks import rank, world_size
 from lipcore.monitor.logged import Logged
 from lipcore.per_sample.grad_norms import PerSampleGradNorms
 from lipcore.recording.endings import Endings, EndKind
@@ -84,7 +84,9 @@ class Recorded(Engine):
         """Return what the single steps of this process cover, for who reads the record."""
         scope = self._global.scope(self.model, self.metrics.values())
         place = self._global.place
-        return {"scope": scope, "rank": rank(), "ranks": 1 if place.apart else place.ranks}
+        found: dict[str, Any] = {"scope": scope, "rank": rank(), "ranks": 1 if place.apart else place.ranks}
+        stage = next((metric.prefix for metric in self.metrics.values()), "") if world_size() > 1 else ""
+        return found | ({"stage": stage} if stage else {})
 
     def _hurry(self) -> None:
         """Have the steps around an alarm written soon: it may be the last that there is to see."""

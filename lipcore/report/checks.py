@@ -86,7 +86,7 @@ def _sudden(facts: Facts, ratios: RatioMap | None) -> Check:
     if ratios is None or not np.isfinite(ratios.high).any():
         return Check(name, "not measured", "Nothing says how updates changed.", _TRAJECTORY)
     found, looked = ratios.sudden, ratios.looked
-    part = f" in {facts.covered.model}" if facts.covered.parts else ""
+    part = f" in {facts.covered.model}" if facts.covered.partial else ""
     if found is None and looked.first is None:
         said = f"Updates are compared with {looked.fewest:,} steps before them in which a layer moved: there are fewer."
         return Check(name, "not measured", said, f"train for more than {count(looked.fewest, 'step')}")

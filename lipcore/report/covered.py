@@ -1,12 +1,12 @@
-"""Whose numbers a record has: in single steps one rank's, of its part of the model where ranks hold parts of it; in
-windows those of all ranks, where these were merged."""
+"""Whose numbers a record has: in single steps one rank's, of its part of the model where ranks hold parts of it, or of
+its stage of a pipeline; in windows those of all ranks, where these were merged."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lipcore.report.parts import other_parts, said_by
+from lipcore.report.parts import named_stage, other_parts, said_by
 from lipcore.report.source import Started
 
 
@@ -18,6 +18,7 @@ class Covered:
         rank: whose they are.
         ranks: how many trained the model; 0 where the record does not say.
         parts: norms are those of the part of the model that the rank holds, since some step at least.
+        stage: of a pipeline that the rank has, by its Monitor's prefix=; "" where it is the whole model.
         changed: the step behind which this became otherwise; None where it never did.
     """
 
@@ -25,11 +26,17 @@ class Covered:
     ranks: int = 0
     parts: bool = False
     changed: int | None = None
+    stage: str = ""
 
     @property
     def several(self) -> bool:
         """True where other ranks have numbers of these steps too."""
-        return self.ranks > 1 or self.parts
+        return self.ranks > 1 or self.partial
+
+    @property
+    def partial(self) -> bool:
+        """True where norms are not those of the whole model."""
+        return self.parts or bool(self.stage)
 
     @property
     def whose(self) -> str:
@@ -39,14 +46,17 @@ class Covered:
     @property
     def model(self) -> str:
         """Name of what the norms of single steps are of."""
-        return f"rank {self.rank}'s part of the model" if self.parts else "the whole model"
+        whole = named_stage(self.stage) if self.stage else "the model"
+        if self.parts:
+            return f"rank {self.rank}'s part of {whole}"
+        return whole if self.stage else "the whole model"
 
     def sentence(self) -> str:
         """Return what is to be known beside numbers of single steps; "" in one process."""
         if not self.several:
             return ""
         said = f"Single steps are of {self.whose}: its loss, its samples"
-        said += f", and norms of {self.model} alone" if self.parts else ""
+        said += f", and norms of {self.model} alone" if self.partial else ""
         if self.changed is not None:
             said += f"; what they cover changed behind step {self.changed:,}, where other ranks went on"
         return f"{said}."
@@ -62,4 +72,5 @@ def covered(starts: Sequence[Started], scopes: Iterable[str] = ()) -> Covered:
         return Covered(rank if isinstance(rank, int) else 0, parts="shard" in scopes)
     last, changes = known[-1], other_parts(starts)
     parts = any(one["scope"] == "shard" for one in known)
-    return Covered(last["rank"], max(one["ranks"] for one in known), parts, changes[-1].last if changes else None)
+    changed = changes[-1].last if changes else None
+    return Covered(last["rank"], max(one["ranks"] for one in known), parts, changed, last["stage"])

@@ -9,7 +9,8 @@ from typing import Any
 
 from lipcore.report.source import Started
 
-#: Key of the fact about a start that says whose numbers single steps are: {"scope": "shard", "rank": 0, "ranks": 2}.
+#: Key of the fact about a start that says whose numbers single steps are: {"scope": "shard", "rank": 0, "ranks": 2},
+#: and "stage": "stages.0", the prefix= of the Monitor, where there are several ranks and it has one.
 SINGLE_STEPS = "single_steps"
 _SCOPES = {"rank": "whole parameters", "shard": "parts of the parameters", "global": "whole parameters"}
 
@@ -31,7 +32,14 @@ def said_by(config: Mapping[str, Any]) -> dict[str, Any]:
     found = config.get(SINGLE_STEPS)
     if not isinstance(found, dict) or found.get("scope") not in _SCOPES:
         return {}
-    return found if all(isinstance(found.get(key), int) for key in ("rank", "ranks")) else {}
+    known = {"stage": "", **found}
+    there = isinstance(known["stage"], str) and all(isinstance(found.get(key), int) for key in ("rank", "ranks"))
+    return known if there else {}
+
+
+def named_stage(prefix: str) -> str:
+    """Return what a stage of a pipeline is called, by the prefix of its Monitor."""
+    return f"the stage '{prefix}'"
 
 
 def other_parts(starts: Sequence[Started]) -> list[OtherParts]:

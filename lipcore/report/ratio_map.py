@@ -174,7 +174,7 @@ class RatioMap:
         span = np.concatenate([self.low.ravel(), self.high.ravel()])
         span = span[np.isfinite(span) & (span > 0)]
         plots.chosen(CHOSEN, "update / weight", self._binned.ends, low, mean, high, span)
-        part = f", of {self._facts.covered.model}" if self._facts.covered.parts else ""
+        part = f", of {self._facts.covered.model}" if self._facts.covered.partial else ""
         title = f"How much each layer moved: update over weight norm{part}"
         return [
             Figure(KEY, title, self._sentence(), self._table(), below),

@@ -10,6 +10,7 @@ import numpy as np
 from lipcore.metric.columns import Column, Columns
 from lipcore.metric.window import Window
 from lipcore.report.binned import Binned
+from lipcore.report.parts import named_stage
 
 _BINS = 500
 #: Norms of which single steps may be one rank's part, and windows of all ranks have the whole model's.
@@ -123,15 +124,17 @@ class WindowFacts:
         found = self.off.get(metric)
         return found is not None and found.last_step == self._last_taken
 
-    @property
-    def model(self) -> str:
-        """Name of what norms of windows are of."""
+    def model(self, stage: str) -> str:
+        """Return the name of what norms of windows are of; `stage`: what this rank has of a pipeline, or ""."""
+        whole = named_stage(stage) if stage else "the model"
         parts = self.scopes.get("shard", 0)
-        if not parts:
+        own = parts + (self.scopes.get("rank", 0) if stage else 0)
+        if not own:
             return "the whole model"
-        if parts == self.count:
-            return "this rank's part of the model"
-        return f"the whole model in {self.count - parts:,} windows and of this rank's part in {parts:,}"
+        name = f"this rank's part of {whole}" if parts else whole
+        if own == self.count:
+            return name
+        return f"the whole model in {self.count - own:,} windows and of {name} in {own:,}"
 
     def _take_whole(self, window: Window) -> None:
         trajectory = window.results.get("trajectory")

@@ -111,7 +111,7 @@ def look(run: Run, pace: Pace, now: float | None = None) -> Seen:
         seen.rate = pace.rate(last, time.monotonic() if now is None else now, run.steps_per_second)
         seen.events = list(reversed(events))
         seen.covered = covered(starts)
-        window = run.last_whole_window() if seen.covered.parts else None
+        window = run.last_whole_window() if seen.covered.partial else None
         seen.whole = "" if window is None else _whole(window)
         if not last:
             return seen

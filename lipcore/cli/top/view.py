@@ -28,7 +28,7 @@ def lines_of(seen: Seen, width: int, height: int, *, ascii_only: bool = False, l
     elif not seen.step:
         lines.append(Text("Nothing was recorded yet: this run has no step."))
     if seen.lines and seen.covered.several:
-        part = f"; norms are of {seen.covered.model}" if seen.covered.parts else ""
+        part = f"; norms are of {seen.covered.model}" if seen.covered.partial else ""
         lines.append(Text(f"of {seen.covered.whose}{part}", _SOFT))
     lines += [_line(line, width, ascii_only) for line in seen.lines]
     lines += [Text(seen.whole)] if seen.whole else []

@@ -49,7 +49,7 @@ def update_bands(facts: Facts, plots: Plots) -> Made:
         else "In every step every place moved, and everything was finite."
     )
     table = Table(("place", *counts), rows, "Counted over all windows")
-    figure = Figure("bands", f"Update over weight norm of {windows.model}, by window", sentence)
+    figure = Figure("bands", f"Update over weight norm of {windows.model(facts.covered.stage)}, by window", sentence)
     return Section(
         "updates", "Sizes of updates, and troubled steps", figures=[figure], sentences=[said], tables=[table]
     )

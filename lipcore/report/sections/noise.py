@@ -44,7 +44,7 @@ def noise_scale(facts: Facts, plots: Plots) -> Made:
     ]
     figure = Figure(
         "noise",
-        "Noise scale of the whole model, with its 95 % interval",
+        f"Noise scale of {facts.windows.model(facts.covered.stage)}, with its 95 % interval",
         sentence,
         Table(("layer", "last window"), rows),
     )

@@ -76,7 +76,7 @@ def _norms(facts: Facts, plots: Plots) -> list[Figure]:
     model's by window."""
     norms = {words: facts.lines[name] for name, words in _NORMS.items() if name in facts.lines}
     found = {words: facts.windows.whole_norm(name.partition("/")[2]) for name, words in _NORMS.items()}
-    whole = {words: line for words, line in found.items() if line is not None} if facts.covered.parts else {}
+    whole = {words: line for words, line in found.items() if line is not None} if facts.covered.partial else {}
     figures = []
     if whole:
         plots.lines("norms-whole", [(words, line, 0) for words, line in whole.items()], "norm")
