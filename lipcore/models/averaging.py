@@ -45,24 +45,26 @@ def _reduces_all(model: nn.Module) -> bool:
 def averaged_over(model: nn.Module) -> tuple[tuple[int, ...], str]:
     """Return the ranks over which the gradient is the mean when a backward pass is over; () and the reason where that
     is not known."""
+    reducing, ranks, why = _reduced_over(model)
+    own_rule = Reduction(reducing).own_rule()
+    return ((), own_rule) if own_rule else (ranks, why)
+
+
+def _reduced_over(model: nn.Module) -> tuple[nn.Module | None, tuple[int, ...], str]:
+    """Return what reduces the gradient, among which ranks, and why these are not known. A rule that it was given is
+    said before that; None where it is not to be asked for one, since the reason says more."""
     for module in model.modules():
         wrapper = ddp_of(module)
         if wrapper is not None and (wrapper is module or _reduces_all(model)):
-            if why := Reduction(module).own_rule():
-                return (), why
             ranks = ranks_of(wrapper.process_group)
-            return ranks, "" if ranks else GONE
+            return module if wrapper is module else model, ranks, "" if ranks else GONE
     if part_ranks(model, model.named_parameters()) is not None:  # and others hold parts of the same gradient
-        if why := Reduction(model).own_rule():
-            return (), why
         several = averaging_ranks(model)
-        return ((), _MESHES) if len(several) > 1 else (tuple(sorted(several[0])) if several else (rank(),), "")
+        if len(several) > 1:
+            return model, (), _MESHES
+        return model, tuple(sorted(several[0])) if several else (rank(),), ""
     held = in_parts(model, ((name, "", parameter) for name, parameter in model.named_parameters()))
     meshes: list[Any] = list(dict.fromkeys(p.device_mesh for *_, p in held if hasattr(p, "device_mesh")))
-    if not meshes:
-        return (), UNKNOWN
-    if len(meshes) > 1:
-        return (), _MESHES
-    if why := Reduction(model).own_rule():
-        return (), why
-    return tuple(sorted(meshes[0].mesh.flatten().tolist())), ""
+    if len(meshes) != 1:
+        return None, (), _MESHES if meshes else UNKNOWN
+    return model, tuple(sorted(meshes[0].mesh.flatten().tolist())), ""
