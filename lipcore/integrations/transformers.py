@@ -22,12 +22,13 @@ except ImportError as error:
 
 from lipcore.integrations.totals import totals_of
 from lipcore.metric.protocol import Metric
-from lipcore.models.ranks import rank
+from lipcore.models.ranks import rank, world_size
 from lipcore.models.wrapped import note_wrapper
 from lipcore.monitor.defaults import default_metrics
 from lipcore.monitor.monitor import Monitor
 from lipcore.monitor.watch import watch
 
+_FIRST, _ANY = "lipcore-rank0.pt", "lipcore-rank*.pt"
 #: Those whose training has begun, and as far as they know not ended. Held: of a Trainer that is gone nobody else could
 #: close the record, which the end of the process keeps open.
 _watching: set[HFCallback] = set()
@@ -43,8 +44,9 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     The totals of each window, of all ranks, stand in the Trainer's own log too (``trainer.state.log_history``), and
     what the Trainer logs, its loss and learning rate, in the record. lipcore's state lies in each checkpoint, as
-    ``lipcore-rank0.pt``, before the Trainer has written that checkpoint's ``trainer_state.json``;
-    ``train(resume_from_checkpoint=...)`` goes on from it, and the record rewinds with it.
+    ``lipcore-rank0.pt``, a file for each rank, before the Trainer has written that checkpoint's ``trainer_state.json``;
+    ``train(resume_from_checkpoint=...)`` goes on from it, and the record rewinds with it. Where each rank holds whole
+    parameters another number of ranks goes on from it too.
 
     Alarms with ``stop=True`` end the training by their ``AlarmStop``, at the end of the step in which they are known;
     on several ranks at the Trainer's next log. The record is closed then. The Trainer tells no callback
@@ -100,14 +102,15 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def _resume(self, args: Any, step: int) -> None:
         given = args.resume_from_checkpoint
-        folders = [Path(given)] if isinstance(given, str) else []
-        found = [folder / self._name for folder in [*folders, self._checkpoint(step)]]
+        folders = [*([Path(given)] if isinstance(given, str) else []), self._checkpoint(step)]
+        # The first rank's serves one that is new, where ranks hold whole parameters; else its state refuses that.
+        found = [folder / name for name in (self._name, _FIRST) for folder in folders]
         path = next((path for path in found if path.is_file()), None)
         if path is None:
             warnings.warn(
-                f"lipcore goes on from step {step} without what it knew there: there is no {found[-1]}; it was not "
-                "watching when that checkpoint was made, or the checkpoint lies elsewhere (resume_from_checkpoint= of "
-                "the TrainingArguments says where)",
+                f"lipcore goes on from step {step} without what it knew there: there is no "
+                f"{folders[-1] / self._name}; it was not watching when that checkpoint was made, or the checkpoint "
+                "lies elsewhere (resume_from_checkpoint= of the TrainingArguments says where)",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -174,6 +177,8 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         half = folder / (self._name + "-half")
         torch.save(self.monitor.state_dict(), half)
         os.replace(half, folder / self._name)
+        for name in _names_beyond(folder) if rank() == 0 else ():  # of an older training, with more ranks
+            name.unlink(missing_ok=True)
         self._saved = self._step
 
     def state(self) -> dict[str, Any]:
@@ -222,6 +227,12 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         _watching.discard(self)
         if self.monitor is not None:
             self.monitor._conclude()
+
+
+def _names_beyond(folder: Path) -> list[Path]:
+    """Return the files in a checkpoint that are of ranks which this training does not have."""
+    numbers = {path: path.name.removeprefix("lipcore-rank").removesuffix(".pt") for path in folder.glob(_ANY)}
+    return [path for path, number in numbers.items() if number.isdecimal() and int(number) >= world_size()]
 
 
 def _is_json(value: Any) -> bool:

@@ -43,8 +43,10 @@ def watch(
     everything so far is in the file, so that a checkpoint and the record end at the same step; going on from a
     checkpoint removes the steps behind it from the record, which are made again. Without `run` nothing is written.
 
-    With several ranks :meth:`Monitor.log`, which every rank then has to call, merges windows that have closed
-    (:meth:`Monitor.global_window`): records and writers have those of all ranks, and a rank's own where that fails.
+    With several ranks each has a record of its own, with its own single steps: norms of the parts of the model that it
+    holds, its loss. :meth:`Monitor.log`, which every rank then has to call at the same steps, merges windows that have
+    closed (:meth:`Monitor.global_window`), and so does the end of the with block: records and writers have those of all
+    ranks, and a rank's own where that fails, or where nobody calls it. ``group=None`` merges none.
 
     A record that cannot be written any more (a full disk) is warned of; the training goes on.
 

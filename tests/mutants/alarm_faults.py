@@ -134,8 +134,8 @@ ALARM_MUTANTS = (
     Mutant(
         "samples are named without their doubt",
         "lipcore/alarms/samples.py",
-        'aside = f" ({doubt})" if doubt else ""',
-        'aside = ""',
+        "facts.aside(doubt)",
+        "facts.aside()",
         (f"{_AFTER}::test_what_is_not_proved_is_said_beside_the_samples",),
     ),
     Mutant(
