@@ -77,7 +77,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is known of the measured steps besides their norms."""
+    """Facts about the measured steps besides their norms."""
 
     alarm: AlarmEvent
     first: int
@@ -102,8 +102,8 @@ class _Facts:
         )
 
     def aside(self, *said: str) -> str:
-        """What is said in brackets: how far behind the alarm the steps lie, where they are not the next ones, and more;
-        "" where there is nothing to say."""
+        """Return what is said in brackets: how far behind the alarm the steps lie, where they are not the next ones,
+        and more; "" where there is nothing to say."""
         first, last = self.first - self.alarm.step, self.last - self.alarm.step
         lag = f"{first} to {last} steps behind it" if first < last else f"{first} steps behind it"
         words = "; ".join(one for one in (lag if first > 1 else "", *said) if one)

@@ -19,7 +19,6 @@ from lipcore.capture.training_pass import in_backward
 from lipcore.layers import Factor
 from lipcore.layers.projections import projected
 from lipcore.models.outputs import gradient_node
-from lipcore.models.torch_internals import rounds_products
 
 DIFFER = (
     "the gradient that came to parameter '{0}' is not the sum of the samples' gradients (they differ by {1:.2g} times "
@@ -50,7 +49,7 @@ class GradientSums:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], on_error: Callable[[Exception], None]) -> None:
         self._handles: list[Any] = []
-        self.rough = rounds_products()
+        self.rough = _rounds_products()
         self._on_error = on_error
         self._task = -1
         self._samples: dict[str, Tensor] = {}
@@ -166,3 +165,14 @@ class _Hook:
 
 def _add(sums: dict[str, Tensor], name: str, found: Tensor) -> None:
     sums[name] = sums[name] + found if name in sums else found
+
+
+def _rounds_products() -> bool:
+    """Return whether torch may make matrix products of float32 numbers from fewer of their digits (TF32, bfloat16)."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # the newer switches were used, one for each backend, which that does not sum up
+        backends = torch.backends
+        of_mkldnn = getattr(backends.mkldnn, "matmul", None)
+        switches = (backends, backends.cuda, backends.cuda.matmul, backends.mkldnn, of_mkldnn)
+        return any(getattr(switch, "fp32_precision", "ieee") not in ("ieee", "none") for switch in switches)

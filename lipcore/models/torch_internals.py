@@ -383,17 +383,6 @@ def reduces_by_own_rule(module: nn.Module) -> bool:
     )
 
 
-def rounds_products() -> bool:
-    """Return whether torch may make matrix products of float32 numbers from fewer of their digits (TF32, bfloat16)."""
-    try:
-        return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # the newer switches were used, one for each backend, which that does not sum up
-        backends = torch.backends
-        of_mkldnn = getattr(backends.mkldnn, "matmul", None)
-        switches = (backends, backends.cuda, backends.cuda.matmul, backends.mkldnn, of_mkldnn)
-        return any(getattr(switch, "fp32_precision", "ieee") not in ("ieee", "none") for switch in switches)
-
-
 def first_step_hook(optimizer: torch.optim.Optimizer) -> Any:
     """Return the hook that is called first at the end of an optimizer's step; None where there is none."""
     return next(iter(optimizer._optimizer_step_post_hooks.values()), None)
