@@ -652,7 +652,7 @@ def test_ranks_of_which_one_is_awake_and_the_other_rests_merge_their_windows(tmp
     """The rank whose alarm it is measures steps 4 to 6; the other hears of it where windows 1 to 4 are merged."""
     found = run_ways(tmp_path, named_on_ranks, {"a": {}})["a"]
     awake = [range(6, 9), range(4, 7)]
-    everything: list[list[float]] = [[], [], []]  # by window
+    everything: list[list[float]] = [[], [], [], []]  # by window, of which the last is merged at the end
     for one, steps in zip(found, awake, strict=True):
         ((alarm, first, last, count, largest),) = one["samples"]
         norms = [norm for step in steps for norm in one["expected"][str(step)]]
