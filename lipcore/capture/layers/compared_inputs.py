@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lipcore.capture.layers.coverage import ParameterCoverage
 from lipcore.capture.layers.placed_call import cut_of
@@ -17,12 +17,12 @@ INPUT = "input/"  #: before the name of the layer, as a row's name
 
 
 def compared_parameter(coverage: ParameterCoverage, parts: PartRanks) -> str:
-    """Return the name of the first weight of a Linear layer that is cut along its outputs, so that each of the ranks
-    has the whole input; "" for none."""
+    """Return the name of the first weight of a layer y = x W^T + b that is cut along its outputs, so that each of the
+    ranks has the whole input; "" for none."""
     for _, module, rule, names in coverage.tapped:
         cut, name = cut_of(rule, names, parts), names.get("weight", "")
-        # Of layers of other types the factor may have the output's gradient in the place of the input.
-        if isinstance(module, nn.Linear) and cut.output is not None and cut.input is None and name in parts.cuts:
+        # Where a module computes the same in its own way, the factor may have the output's gradient for the input.
+        if rule.fuses(module) and cut.output is not None and cut.input is None and name in parts.cuts:
             return name
     return ""
 
