@@ -85,6 +85,11 @@ class OptimizerSource:
         tensors = look_up(self._parameters)
         refuse_twins(self._parameters, tensors)
         for (name, _, _), tensor in zip(self._parameters, tensors, strict=True):
+            if hasattr(tensor, "placements"):
+                raise ValueError(
+                    f"source: 'optimizer' is for parameters that are plain tensors, and '{name}' is a DTensor "
+                    "(fully_shard(), tensor parallelism); pass mode='updates', mode='exact' or source='snapshot'"
+                )
             _core.check_storage(tensor, name)
         places = self._places()
         absent = [name for (name, _, _), t in zip(self._parameters, tensors, strict=True) if id(t) not in places]

@@ -35,6 +35,8 @@ WITHOUT_NOISE = {
 #: Norms that a rank cannot know: the other ranks' windows say so.
 LEFT_OUT = {
     "context_parallel": r"exchanges activations with other ranks \(tensor, sequence, context or expert parallelism\)",
+    "context_parallel_sharded": r"exchanges activations with other ranks",
+    "context_parallel_sharded_asked": r"exchanges activations with other ranks",
     "sequence_parallel": r"module 'norm' \(LayerNorm\): its input lies on its ranks as S\(1\), and not whole",
     "expert_parallel": r"exchanges activations with other ranks \(tensor, sequence, context or expert parallelism\)",
 }

@@ -15,6 +15,7 @@ from pipeline import STAGES, run_stage, stage_of
 from rank_situations import STEPS, WINDOW, Data, data_of, fsdp, made
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lipcore import Lipschitz, Monitor, PerSampleGradNorms, Trajectory
 from lipcore.metric.distribution import Distribution
@@ -506,12 +507,22 @@ class Exchanging(nn.Module):
         return self.b(hidden + all_reduce(hidden)).sum(1)
 
 
-def context_parallel(rank: int, world: int) -> dict[str, Any]:
+def context_parallel(rank: int, world: int, wrap: Callable[[Any], Any] = DDP, asks: bool = False) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = DDP(Exchanging().double())
+    model = wrap(Exchanging().double())
     optimizer, monitor = monitored(model, metrics=[PerSampleGradNorms(loss_reduction="mean"), Trajectory()])
     data = [(torch.randn(3, 4, 6).double(), torch.randn(3, 1).double()) for _ in range(WINDOW)]
+    answer = monitor.prove(data[0][0])[NAME] if asks else "exchanges activations"
+    assert "exchanges activations" in answer
     return stopped(monitor, model, optimizer, data)
+
+
+def context_parallel_sharded(rank: int, world: int) -> dict[str, Any]:
+    return context_parallel(rank, world, fully_shard)
+
+
+def context_parallel_sharded_asked(rank: int, world: int) -> dict[str, Any]:
+    return context_parallel(rank, world, fully_shard, asks=True)
 
 
 class Sequences(nn.Module):
@@ -675,6 +686,7 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
     two = (ddp, summed_loss, unequal_batches, one_sample_each, empty_rank, empty_step, accumulated, fsdp2,
            fsdp2_unequal, reduced_by_hand, module_inside, communication_hook, other_divisor, independent,
            independent_for_themselves, joined, every_second_step, late_call, loaded_within, left_over, counted,
-           pipeline, context_parallel, sequence_parallel, expert_parallel, scores_by_id, taken_back)  # fmt: skip
+           pipeline, context_parallel, context_parallel_sharded, context_parallel_sharded_asked, sequence_parallel,
+           expert_parallel, scores_by_id, taken_back)  # fmt: skip
     for work in two if ranks == 2 else (hsdp, subgroups, group_of_some):
         yield work.__name__, ranks, quiet(work)

@@ -27,10 +27,11 @@ from lipcore.capture.sample_ids import SampleIds
 from lipcore.capture.seeds import Begins, Seeds, seeds_of
 from lipcore.models.copies import Before, not_looked_for
 from lipcore.models.dtensors import await_values
-from lipcore.models.gathered import is_spread, nothing_reduced
+from lipcore.models.gathered import is_spread
 from lipcore.models.memory import free_bytes
 from lipcore.models.named_output import OutputChoice
 from lipcore.models.outputs import on_backward, tensors_of
+from lipcore.models.own_collectives import as_all_run
 from lipcore.models.ranks import EXCHANGES, Communicates, under_process_group, without_communication
 from lipcore.models.restored import all_put_back
 
@@ -296,7 +297,7 @@ class Proofs:
         found = Verdict()
         try:
             # The ranks of a sharded model have agreed to go through it together.
-            silence = nothing_reduced(self._model) if self.sharded else without_communication()
+            silence = as_all_run(self._model) if self.sharded else without_communication()
             with all_put_back(self._model, random=True, writes=graph.runs_forward), silence:
                 found = verdict(run, seeds, graph, self._sites, fixed=self.sharded)
         except Communicates:
