@@ -27,4 +27,6 @@ def test_it_is_refused_with_remedies_that_work(remedy: dict[str, Any]) -> None:
             model(torch.ones(4, 3)).square().mean().backward()
             optimizer.step()
     moved = torch.cat([(p.full_tensor() - q).flatten() for p, q in zip(model.parameters(), before, strict=True)])  # type: ignore[attr-defined]
-    assert monitor.history[-1]["trajectory"].update_norm["total"].last.value == pytest.approx(float(moved.detach().norm()))
+    assert monitor.history[-1]["trajectory"].update_norm["total"].last.value == pytest.approx(
+        float(moved.detach().norm())
+    )
