@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -55,7 +55,7 @@ class _Heard(TorchDispatchMode):
 
 def _is_sharding() -> bool:
     """Return whether it is fully_shard() that calls an operation: it gathers parameters."""
-    frame: FrameType | None = sys._getframe()
+    frame: FrameType | None = inspect.currentframe()
     while frame is not None:
         if str(frame.f_globals.get("__name__", "")).startswith(_SHARDING):
             return True

@@ -555,8 +555,15 @@ MUTANTS = (
     Mutant(
         "a pass that speaks to other ranks is proved as if it did not",
         "lipcore/capture/layers/proofs.py",
-        "silence = nothing_reduced(self._model) if self.sharded else without_communication()",
-        "silence = nothing_reduced(self._model)",
+        "silence = as_all_run(self._model) if self.sharded else without_communication()",
+        "silence = all_put_back(self._model, random=True, writes=False)",
+        ("distributed/test_global_samples.py::test_left_out",),
+    ),
+    Mutant(
+        "under FSDP2 nobody looks whether the model itself speaks to other ranks",
+        "lipcore/models/own_collectives.py",
+        "    if heard.spoke:",
+        "    if False:",
         ("distributed/test_global_samples.py::test_left_out",),
     ),
     Mutant(
