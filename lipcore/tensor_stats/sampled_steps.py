@@ -18,6 +18,7 @@ from lipcore.metric.standalone import StandaloneMetric
 from lipcore.models.capturing import is_capturing
 from lipcore.models.ranks import is_fsdp1
 from lipcore.tensor_stats.block import Block
+from lipcore.tensor_stats.cut_outputs import CutOutputs
 from lipcore.tensor_stats.extra import UNREADABLE, Extra, main_tensor, readable
 from lipcore.tensor_stats.watched import Watched, Wishes
 from lipcore.trajectory.parameters import WatchedParameter
@@ -75,6 +76,7 @@ class SampledSteps(StandaloneMetric):
         self._held = {(p.name, p.group): p for p in (*self._watched.parameters, *self._watched.gradients)}
         fsdp1 = is_fsdp1(self._model)
         self._holding = Holding(partial(holds, self._held), FSDP1_PIECES if fsdp1 else "", model=self._model)
+        self._cut = CutOutputs(self._model)
         self._forget_step()
         self._notes = {}
 
@@ -127,8 +129,11 @@ class SampledSteps(StandaloneMetric):
             return
         if name in found.row_of_output:
             self._add([tensor], [found.row_of_output[name]])
-        for entry in found.readers.get(name, ()):
-            self._read(*entry, name, tensor)
+        if readers := found.readers.get(name, ()):
+            cut = self._cut.why_not(module, tensor, whole_model=not name)
+            for extra, sums, most in readers:
+                extra.problem = extra.problem or (f"{name or 'the model'}: {cut}" if cut else "")
+                self._read(extra, sums, most, name, tensor)
 
     def _read(self, extra: Extra, sums: slice, most: slice, name: str, output: Tensor) -> None:
         if extra.problem:
