@@ -1,5 +1,5 @@
-"""Outputs that a plan of tensor parallelism leaves in parts: numbers of whole rows are left out by name, and a loss that
-is made of logits in parts is no error of the loop's."""
+"""Outputs that a plan of tensor parallelism leaves in parts: numbers of whole rows are left out by name, and a loss
+that is made of logits in parts is no error of the loop's."""
 
 from __future__ import annotations
 
