@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from odd_situations import next_group
-from rank_situations import STEPS, WINDOW, Columns, data_of, fsdp, made, planned
+from rank_situations import WINDOW, Columns, data_of, fsdp, made, planned
 from sample_situations import NAME, Truth, compared, mean_loss, quiet
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -27,9 +27,24 @@ def monitor_of(model: nn.Module, optimizer: Any, **settings: Any) -> Monitor:
     return Monitor(model, optimizer, metrics, window_steps=WINDOW, timeout=20, **settings)
 
 
+def trained(model: nn.Module, optimizer: Any, monitor: Monitor, data: Any, *, ids: bool = False) -> list[Any]:
+    """Return the windows of all ranks that a training on these batches brings."""
+    norms: Any = monitor.metrics[NAME]
+    found = []
+    for x, y in data:
+        if ids:
+            norms.set_ids(range(len(x)))
+        optimizer.zero_grad()
+        mean_loss(model(x), y).backward()
+        optimizer.step()
+        if (window := monitor.global_window()) is not None:
+            found.append(window)
+    return found
+
+
 def gone_on(way: str, rank: int, world: int) -> Any:
     """A window in one group, the others in another one of as many ranks."""
-    inner, found = made(), []
+    inner = made()
     batches = data_of(range(world))[rank]
     group = dist.new_group(list(range(world))) if way == "group" else None
     given = {} if group is None else {"group": group}
@@ -37,15 +52,7 @@ def gone_on(way: str, rank: int, world: int) -> Any:
     optimizer = torch.optim.SGD(inner.parameters(), lr=0.1, momentum=0.9)
     monitor = monitor_of(model, optimizer, **given)
 
-    def train(steps: range) -> None:
-        for x, y in (batches[step] for step in steps):
-            optimizer.zero_grad()
-            mean_loss(model(x), y).backward()
-            optimizer.step()
-            if (window := monitor.global_window()) is not None:
-                found.append(window)
-
-    train(range(WINDOW))
+    found = trained(model, optimizer, monitor, batches[:WINDOW])
     dist.barrier()
     dist.destroy_process_group()
     next_group(rank, world)
@@ -62,7 +69,7 @@ def gone_on(way: str, rank: int, world: int) -> Any:
         monitor.close()
         monitor = monitor_of(model, optimizer)
         monitor.load_state_dict(state)
-    train(range(WINDOW, STEPS))
+    found += trained(model, optimizer, monitor, batches[WINDOW:])
     monitor.close()
     if way == "remedy":
         return compared(found, Truth(made()).windows(data_of(range(world))))
@@ -88,7 +95,6 @@ def words_of(call: Callable[[], Any]) -> str:
 
 def on_a_mesh(way: str, rank: int, world: int) -> Any:
     """A window in one group, the others in another one, behind a model of which each rank holds parts."""
-    found: list[Any] = []
     batches, plan = data_of([0] if way == "plan" else range(world)), way == "plan"
     mine = batches[0 if plan else rank]
     model = cut(world, plan)
@@ -96,16 +102,7 @@ def on_a_mesh(way: str, rank: int, world: int) -> Any:
     monitor = monitor_of(model, optimizer)
     norms: Any = monitor.metrics[NAME]
 
-    def train(steps: range) -> None:
-        for x, y in (mine[step] for step in steps):
-            norms.set_ids(range(len(x)))
-            optimizer.zero_grad()
-            mean_loss(model(x), y).backward()
-            optimizer.step()
-            if (window := monitor.global_window()) is not None:
-                found.append(window)
-
-    train(range(WINDOW))
+    found = trained(model, optimizer, monitor, mine[:WINDOW], ids=True)
     state = {"model": model.state_dict(), "lipcore": monitor}
     state["optimizer"] = get_optimizer_state_dict(model, optimizer)
     folder = os.path.join(os.environ["LIPCORE_TEST_FOLDER"], f"saved_{way}")
@@ -124,10 +121,9 @@ def on_a_mesh(way: str, rank: int, world: int) -> Any:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     blank = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
     monitor = monitor_of(model, optimizer)
-    norms = monitor.metrics[NAME]
     dcp.load(blank | {"lipcore": monitor}, checkpoint_id=folder)
     set_optimizer_state_dict(model, optimizer, blank["optimizer"])
-    train(range(WINDOW, STEPS))
+    found += trained(model, optimizer, monitor, mine[WINDOW:], ids=True)
     monitor.close()
     truth = Truth(made(Columns) if plan else made())
     return {"said": said, **compared(found, truth.windows(batches))}
